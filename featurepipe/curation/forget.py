@@ -64,7 +64,8 @@ def forget(
 
     Returns:
         The fields of `featurepipe.store.ForgetReport`, and ``dependents``: ``path``, ``kind`` (``bundle``, ``store``, ``page`` or
-        ``table``), ``images`` (how many it is of; None if not counted), and ``why``.
+        ``table``), ``images`` (how many it is of; None if not counted), and ``why``; ``free_bundles``: paths of the bundles that
+        were looked at and hold none of the images.
 
     Raises:
         UsageError: An id is nowhere, or the file or a folder to look in cannot be read; nothing is changed.
@@ -83,14 +84,18 @@ def forget(
             raise UsageError(f"cannot look in {place}: {unsearchable(place) or 'it is not there'}", option="look_in")
     say = announcer(silent=silent)
     found: list[dict[str, Any]] = []
+    free: list[str] = []
+    request = Path(ids).resolve() if isinstance(ids, str | PathLike) else None
 
     def look(order: Removal) -> None:
-        found.extend(dependents(target, order, places, say))
+        holding, others = dependents(target, order, places, say, request)
+        found.extend(holding)
+        free.extend(others)
 
     report = forget_images(
         target, wanted, dataset=dataset, may_come_back=may_come_back, dry_run=dry_run, before=look, silent=silent
     )
-    return {**asdict(report), "dry_run": dry_run, "dependents": found}
+    return {**asdict(report), "dry_run": dry_run, "dependents": found, "free_bundles": free}
 
 
 def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
@@ -120,8 +125,12 @@ def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
 
 
 def dependents(
-    store: FeatureStore, order: Removal, places: Iterable[Path], say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+    store: FeatureStore,
+    order: Removal,
+    places: Iterable[Path],
+    say: Callable[[str], None],
+    request: Path | None = None,
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Looks for bundles, stores, pages and tables that hold or name images.
 
     Args:
@@ -129,12 +138,17 @@ def dependents(
         order: The images.
         places: Where to look; besides, where run records say that something was written.
         say: Told what cannot be read.
+        request: The resolved path of the file that lists the images, which is not among what depends on them.
+
+    Returns:
+        What depends on them, and the paths of the bundles that do not.
     """
     roots = [*places, *_named_in_records(store)]
     found: dict[str, dict[str, Any]] = {}
+    free: dict[str, str] = {}
     for path in _candidates(roots, store.path.resolve()):
         key = str(path.resolve())
-        if key in found:
+        if key in found or key in free or path.resolve() == request:
             continue
         try:
             entry = _depends(path, order)
@@ -143,7 +157,9 @@ def dependents(
             continue
         if entry is not None:
             found[key] = {"path": str(path), **entry}
-    return sorted(found.values(), key=lambda entry: (entry["kind"], entry["path"]))
+        elif path.is_dir() and not is_store(path):
+            free[key] = str(path)
+    return sorted(found.values(), key=lambda entry: (entry["kind"], entry["path"])), sorted(free.values())
 
 
 def _named_in_records(store: FeatureStore) -> Iterator[Path]:
@@ -263,6 +279,7 @@ def forget_text(told: Mapping[str, Any]) -> str:
             "featurepipe duplicates --near"
         )
     lines += [f"depends on them: {entry['kind']} {entry['path']}: {entry['why']}" for entry in told["dependents"]]
+    lines += [f"looked at, holds none of them: bundle {path}" for path in told["free_bundles"]]
     if told["images"] and not told["dependents"]:
         lines.append("depends on them: nothing that run records name; --look-in FOLDER searches further")
     return "\n".join(lines)

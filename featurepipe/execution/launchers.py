@@ -237,6 +237,7 @@ def opened(table: ClusterTable) -> Iterator[Any]:
         yield {"scheduler_file": table.scheduler} if is_file else {"address": table.scheduler}
         return
     kind = str(table.kind)
+    logging.getLogger("distributed.process").setLevel(logging.WARNING)  # silent about workers that end after us
     try:
         cluster = _KINDS[kind](table)
     except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:

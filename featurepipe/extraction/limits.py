@@ -63,8 +63,8 @@ def _share(given: Any) -> str | None:
 
 
 def _space(given: Any) -> str | None:
-    is_one = (is_number(given, Real) and given == 0) or is_bytes(given)
-    return None if is_one else "is no amount of space; give bytes or text such as '500MB', '20GB'"
+    is_one = (is_number(given, Real) and given == 0) or given == "0" or is_bytes(given)
+    return None if is_one else "is no amount of space; give bytes or text such as '500MB', '20GB'; 0 for no limit"
 
 
 def seconds_at_most(given: Any) -> float:
@@ -138,7 +138,7 @@ class Limits(RejectLimit):
 
     def floor(self, folder: Path) -> DiskFloor:
         """Watches the free space of the disk that ``folder`` is on."""
-        return DiskFloor(folder, bytes_of(self.min_free) if self.min_free else 0)
+        return DiskFloor(folder, 0 if self.min_free in (None, 0, "0") else bytes_of(self.min_free))
 
 
 @dataclass(frozen=True, kw_only=True)

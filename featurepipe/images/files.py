@@ -258,7 +258,7 @@ def _read_local(path: str) -> bytes:
             content = file.readall()
             after = os.fstat(descriptor).st_size
     except FileNotFoundError:
-        raise Reject("missing: no such file") from None
+        raise _missing(path) from None
     except IsADirectoryError:
         raise Reject("unreadable: is a directory") from None
     except (OSError, ValueError) as error:
@@ -268,6 +268,15 @@ def _read_local(path: str) -> bytes:
             f"unreadable: is being written: {before.st_size:,} bytes, then {after:,}; read {len(content):,}"
         )
     return content
+
+
+def _missing(path: str) -> Reject:
+    """What a local file is that cannot be found: not there, or a symbolic link to what is not there."""
+    try:
+        target = os.readlink(path)  # noqa: PTH115  # a path here may not be valid UTF-8, so it stays a string
+    except OSError:
+        return Reject("missing: no such file")
+    return Reject(f"missing: a link to nowhere (-> {printable(target)})")
 
 
 def _stat_url(url: str, *, redirects: bool = True) -> tuple[int, int]:

@@ -242,7 +242,15 @@ def refuse_strangers(root: Path) -> None:
 MOST_NESTED = 64
 """How deep lists and objects of a document may lie in each other: ours need eight, and Python's own limit is a crash away."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {
+    errno.ENOSPC: ("no space left", "free some space (featurepipe gc STORE)"),
+    errno.EDQUOT: (
+        "this user's quota is used up",
+        "free some of it (featurepipe gc STORE, other files) or have it raised",
+    ),
+    errno.EFBIG: ("no file may become so large", "raise the limit of this process (ulimit -f) or of the file system"),
+}
+"""Errors that are kinds of "full": what each means, and what helps."""
 
 
 def is_temporary(name: str) -> bool:
@@ -258,9 +266,10 @@ def reporting_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
+        what, cure = _FULL[error.errno]
         raise DiskFull(
-            f"no space left while writing {path.name} in {path.parent} ({os.strerror(error.errno or 0)}); "
-            "everything committed before is safe: free some space (featurepipe gc STORE) and run again"
+            f"{what} while writing {path.name} in {path.parent} ({os.strerror(error.errno)}); "
+            f"everything committed before is safe: {cure}, and run again"
         ) from error
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from featurepipe.errors import StoreError, StoreLocked, StoreMoved, UnknownSnapshot, UsageError, needs_posix
 from featurepipe.progress import announcer
@@ -73,10 +73,12 @@ def store_lock(store: Path, *, shared: bool) -> Iterator[None]:
     On a file system without locks writers go on, with a warning: they never need each other's absence. Nobody can know
     there that no one writes, so nothing is rewritten.
 
+    Who holds it writes so into the lock, each into a slot of its own, and blanks the slot in the end: a job that runs for
+    hours is named also after others have come and gone.
+
     Raises:
         StoreError: The lock is a link, or no file.
-        StoreLocked: Someone else holds it in a way that excludes us (the message says who took it last), or nobody can be
-            excluded here.
+        StoreLocked: Someone else holds it in a way that excludes us (the message says who), or nobody can be excluded here.
     """
     path = store / ".lock"
     descriptor = open_file(path, os.O_CREAT | os.O_RDWR)
@@ -85,14 +87,13 @@ def store_lock(store: Path, *, shared: bool) -> Iterator[None]:
             if not locked(descriptor, (LOCK_SH if shared else LOCK_EX) | LOCK_NB):
                 _without(store, shared=shared)
         except BlockingIOError as error:
-            who = _last_taken_by(descriptor)
             wish = "write into" if shared else "rewrite parts of"
             raise StoreLocked(
-                f"cannot {wish} {store} now: another process holds its lock (last taken by {who}); "
+                f"cannot {wish} {store} now: another process holds its lock ({_held_by(descriptor)}); "
                 "wait until it has finished, or stop it, then run again"
             ) from error
-        sign_lock(descriptor, _holder(), 512)
-        yield
+        with _signed(descriptor, shared=shared):
+            yield
     finally:
         os.close(descriptor)
 
@@ -108,12 +109,60 @@ def _without(store: Path, *, shared: bool) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def _last_taken_by(descriptor: int) -> str:
+_SLOT, _SLOTS = 512, 16
+"""Bytes of one holder's signature in a lock, and how many there is room for; one more that shares it stays unnamed."""
+
+
+@contextlib.contextmanager
+def _signed(descriptor: int, *, shared: bool) -> Iterator[None]:
+    """Names this process in the lock while the block runs; who holds it alone also blanks what killed ones have left."""
+    if not shared:
+        sign_lock(descriptor, {}, _SLOT * _SLOTS)
+    who = _holder()
+    free = next((slot for slot, found in enumerate(_slots(descriptor)) if not found or _has_ended(found)), None)
+    if free is not None:
+        sign_lock(descriptor, who, _SLOT, free * _SLOT)
     try:
-        who = json.loads(os.pread(descriptor, 4096, 0))
-        return "pid {pid} on {host}, {command}, since {since}".format(**who)
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):  # never signed, or by another program
-        return "an unknown process"
+        yield
+    finally:
+        if (
+            free is not None and _slots(descriptor)[free] == who
+        ):  # else another one took the same slot at the same moment
+            sign_lock(descriptor, {}, _SLOT, free * _SLOT)
+
+
+def _slots(descriptor: int) -> list[dict[str, Any]]:
+    """What the lock's slots say; an empty dictionary for one that is blank, or of another program."""
+    content = os.pread(descriptor, _SLOT * _SLOTS, 0).ljust(_SLOT * _SLOTS)
+    return [_signature(content[start : start + _SLOT]) for start in range(0, len(content), _SLOT)]
+
+
+def _signature(text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+        return found if isinstance(found, dict) and {"pid", "host", "command", "since"} <= found.keys() else {}
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _has_ended(who: Mapping[str, Any]) -> bool:
+    """Whether it is known that this process, one of this machine's, has ended: it was killed."""
+    if who["host"] != socket.gethostname() or not isinstance(who["pid"], int):
+        return False
+    try:
+        os.kill(who["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # someone else's process, or no number of one
+        return False
+    return False
+
+
+def _held_by(descriptor: int) -> str:
+    """Who holds the lock, as far as they have signed; some of them may hold it on other machines."""
+    holders = [who for who in _slots(descriptor) if who and not _has_ended(who)]
+    told = ("pid {pid} on {host}, {command}, since {since}".format(**who) for who in holders)
+    return "; ".join(dict.fromkeys(told)) or "an unknown process"
 
 
 def _command() -> str:
@@ -130,12 +179,19 @@ def _holder() -> dict[str, str | int]:
     }
 
 
-def sign_lock(descriptor: int, who: Mapping[str, str | int], width: int) -> None:
-    """Writes into a lock who holds it, for people; not into one that has another name, which may be a file of the user's."""
+def sign_lock(descriptor: int, who: Mapping[str, str | int], width: int, at: int = 0) -> None:
+    """Writes into a lock who holds it, for people; not into one that has another name, which may be a file of the user's.
+
+    Args:
+        descriptor: Of the lock.
+        who: What is written; nothing blanks what was there.
+        width: Bytes that are written, blanks included.
+        at: Where in the file.
+    """
     if has_other_names(descriptor):
         return
     with contextlib.suppress(OSError):  # a full disk must not keep gc from freeing it
-        os.pwrite(descriptor, json.dumps(who).ljust(width).encode(), 0)
+        os.pwrite(descriptor, (json.dumps(who) if who else "").ljust(width).encode(), at)
 
 
 TRIES = 3

@@ -80,8 +80,10 @@ def test_what_depends_on_them_is_named(store, source, tmp_path):
     (made / "escaped.html").write_text("<p>flat&#x2F;0.png</p>")
     (made / "other.html").write_text("<p>xflat/1.png flat/1.pngx flat/2.png b/flat/1.png</p>")
     pq.write_table(pa.table({"id": ["flat/0.png", "down/0.png"], "label": ["a", "b"]}), made / "predicted.parquet")
-    planned = forget(store, PERSON, look_in=[made], dry_run=True, silent=True)
-    told = forget(store, PERSON, look_in=[made], silent=True)
+    asked = made / "withdrawn.txt"
+    asked.write_text("\n".join(PERSON))
+    planned = forget(store, asked, look_in=[made], dry_run=True, silent=True)
+    told = forget(store, asked, look_in=[made], silent=True)
     assert planned["dependents"] == told["dependents"]
     found = {(entry["kind"], entry["path"].removeprefix(f"{made}/")): entry for entry in told["dependents"]}
     assert found.keys() == {
@@ -91,6 +93,8 @@ def test_what_depends_on_them_is_named(store, source, tmp_path):
     assert "a knn head keeps feature rows" in found["bundle", "knn"]["why"]
     assert (found["store", "store"]["images"], found["table", "predicted.parquet"]["images"]) == (2, 1)
     text = forget_text(told)
+    assert told["free_bundles"] == [str(made / "others")]
+    assert f"looked at, holds none of them: bundle {made / 'others'}\n" in f"{text}\n"
     assert "2 images of dataset d\nremoved: 2 rows" in text
     assert f"depends on them: bundle {made / 'knn'}: trained, tuned or calibrated on " in text
     assert "none of their keys, features or names" in text

@@ -105,6 +105,7 @@ def test_too_little_space_is_said_before_anything_is_read(album, run):
         run(album.root, min_free="900000TB")
     assert (run.reads, run.store.runs(), run.store.datasets()) == (0, [], [])
     assert run(album.root, min_free="1kB")["status"] == "done"
+    assert run(album.root, min_free="0")["status"] == "done"
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_everything_committed(album, run, monkeypatch):

@@ -180,7 +180,7 @@ def test_links(tmp_path):
         ("self.jpg", None, -1),
     ]
     assert read(source, "linked.jpg") == b"cat/1.jpg"
-    assert why(source, "broken.jpg") == "missing: no such file"
+    assert why(source, "broken.jpg") == "missing: a link to nowhere (-> nowhere.jpg)"
     assert why(source, "self.jpg") == "unreadable: Too many levels of symbolic links"
 
 

@@ -246,7 +246,7 @@ def test_what_cannot_be_read(problems, tmp_path):
         ("[machine]\nbatch_size = true", "machine.batch_size = true: must be 'auto' or a number from 1"),
         ("[machine]\ndevice = 1", "machine.device = 1: must be text"),
         ('[limits]\nmax_gone = "half"', "limits.max_gone = 'half': must be a number of images such as 10, or a share"),
-        ("[limits]\nmin_free = -1", "limits.min_free = -1: is no amount of space; give bytes or text such as '500MB', '20GB'"),
+        ("[limits]\nmin_free = -1", "limits.min_free = -1: is no amount of space; give bytes or text such as '500MB'"),
         ("[drift]\nwarn = 1", "drift.warn = 1: must be a p-value between 0 and 1"),
         ("[drift]\nwarn = 0", "drift.warn = 0: must be a p-value between 0 and 1"),
         ('[[train]]\nout = "b"\nhead = "logistik"', "train[0].head = 'logistik': unknown head 'logistik'; nearest: logistic"),

@@ -248,7 +248,7 @@ def test_an_empty_store_says_what_to_run(store, rows):
 def test_the_lock_is_shared_by_writers_and_excludes_rewriters(store, monkeypatch, program):
     monkeypatch.setattr(sys, "argv", [program, "extract", "photos"])
     with store.lock(shared=True), store.lock(shared=True):
-        who = rf"last taken by pid {os.getpid()} on {re.escape(socket.gethostname())}, featurepipe extract, since \d{{4}}-"
+        who = rf"holds its lock \(pid {os.getpid()} on {re.escape(socket.gethostname())}, featurepipe extract, since \d{{4}}-"
         with pytest.raises(StoreLocked, match=who) as caught, store.lock(shared=False):
             pass
         assert caught.value.exit_code == 75
@@ -260,11 +260,42 @@ def test_the_lock_is_shared_by_writers_and_excludes_rewriters(store, monkeypatch
         pass
 
 
+def test_the_lock_names_who_holds_it_and_not_who_came_last(store, monkeypatch):
+    """One that is over, or was killed, is not the one to wait for or to stop."""
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+
+    def refused() -> list[str]:
+        with pytest.raises(StoreLocked) as caught, store.lock(shared=False):
+            pass
+        return re.findall(r"pid \d+ on [^,]*, featurepipe (\w+)", str(caught.value))
+
+    def signed_by(command: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["featurepipe", command])
+
+    signed_by("run")
+    with store.lock(shared=True):
+        signed_by("extract")
+        with store.lock(shared=True):
+            assert refused() == ["run", "extract"]
+        assert refused() == ["run"]
+        dead = {"pid": killed.pid, "host": socket.gethostname(), "command": "featurepipe train", "since": "2026-11-30"}
+        with (store.path / ".lock").open("r+b") as file:
+            file.seek(512)
+            file.write(json.dumps(dead).encode())
+        assert refused() == ["run"]
+        with store.lock(shared=True):  # takes the place of the dead one
+            assert refused() == ["run", "extract"]
+    with store.lock(shared=False):
+        pass
+    assert not (store.path / ".lock").read_bytes().strip()
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{}", "123", "not JSON"])
 def test_a_lock_of_another_program_is_of_someone_unknown(store, content):
     with store.lock(shared=True):
         (store.path / ".lock").write_text(content)
-        with pytest.raises(StoreLocked, match="last taken by an unknown process"), store.lock(shared=False):
+        with pytest.raises(StoreLocked, match=r"holds its lock \(an unknown process\)"), store.lock(shared=False):
             pass
 
 

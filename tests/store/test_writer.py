@@ -185,8 +185,10 @@ def test_a_space_without_dtype_takes_no_rows(store):
         space.writer(store.new_run_id())
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_said_and_leaves_nothing(store, space, rows, monkeypatch, code):
+@pytest.mark.parametrize(
+    ("code", "said"), [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "this user's quota is used up")]
+)
+def test_a_full_disk_is_said_and_leaves_nothing(store, space, rows, monkeypatch, code, said):
     real, written = os.pwrite, [0]
 
     def pwrite(descriptor, data, offset):
@@ -197,7 +199,10 @@ def test_a_full_disk_is_said_and_leaves_nothing(store, space, rows, monkeypatch,
 
     before = rows.write(store, space, ["safe"])
     monkeypatch.setattr(commit.os, "pwrite", pwrite)
-    with pytest.raises(DiskFull, match="committed before is safe"), space.writer(store.new_run_id()) as writer:
+    with (
+        pytest.raises(DiskFull, match=f"{said} .*committed before is safe"),
+        space.writer(store.new_run_id()) as writer,
+    ):
         rows.add(writer, [f"n{i}" for i in range(100)])
     monkeypatch.undo()
     assert [part.run_id for part in space.parts()] == [before]
@@ -258,7 +263,9 @@ def test_a_file_size_limit_is_a_full_disk(store, space, rows):
             writer.add(np.full((1, 32), 77, np.uint8), ["z"], [0], [0], {"a:gap": np.ones((1, 4), np.float32)})
     """)
     done = subprocess.run([sys.executable, "-c", script, str(store.path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("full: no space left")
+    assert done.stdout.startswith("full: no file may become so large")
+    assert "ulimit -f" in done.stdout
+    assert "gc" not in done.stdout
     assert done.stderr == ""
     assert [part.rows for part in space.parts()] == [1, 1]
     assert len(list((space.path / "parts").iterdir())) == 2
