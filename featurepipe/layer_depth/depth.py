@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -18,10 +16,11 @@ from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, TimedForward, measure
 from featurepipe.layer_depth.networks import compared, keep_recommended, names_of
 from featurepipe.layer_depth.options import MAX_WIDTH, DepthOptions
+from featurepipe.layer_depth.phases import DESCRIBE, EXTRACT, JOIN, MEASURE, PHASES, SETS, Phases, outlook
 from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import AUTO, PRETRAINED, Protocol, Study, choose_columns, settle
 from featurepipe.option_groups import as_asked, by_commas, declared
-from featurepipe.progress import announcer, show
+from featurepipe.progress import announcer, show, spoken
 from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.results import shown_as
@@ -148,18 +147,15 @@ def depth(
     protocol = Protocol.of(options)
     if report is not None:
         check_target(report)  # before hours of work, not after
-    say, clock = announcer(silent=silent), _Clock()
+    say = announcer(silent=silent)
+    clock = Phases(PHASES, say)
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, options, trust_code)
     with executor_on(None if dry_run else cluster, say=say) as executor:
-        with clock.stage("extract"):
-            found = extracted(wanted, {**(extraction or {}), "cluster": executor}, dry_run=dry_run, say=say)
+        arguments = {**(extraction or {}), "cluster": executor}
         if dry_run:
-            return {
-                "kind": "depth plan",
-                **found.plan(),
-                "measurements": _measurements(found, protocol),
-                "protocol": protocol.text,
-            }
+            return _plan(extracted(wanted, arguments, dry_run=True, say=say), protocol, options)
+        with clock.phase(EXTRACT):
+            found = extracted(wanted, arguments, dry_run=False, say=say)
         study = settle(
             found.store, found.dataset, found.columns, protocol,
             spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels,
@@ -168,13 +164,18 @@ def depth(
         say(f"{study.what}, {len(study.columns)} columns")
         journal = Journal(found.store.depth_journal(found.dataset))
         run = partial(measure, journal=journal, jobs=jobs, executor=executor)
-        with clock.stage("measure"):
-            measured = _measure_all(study, run, silent=silent)
+        lasts = _expected(found, protocol, options, len(study.images), len(study.classes))
+        with clock.phase(MEASURE, lasts[MEASURE]):
+            measured = _measure_all(study, run, clock.title(MEASURE), silent=silent)
+        with clock.phase(JOIN, lasts[JOIN]):
             recommended = answers.recommend(study, measured)
             sets = answers.neighbours_to_join(study, measured, recommended.best.head, max_width)
-            joined = _measure_joined(study, sets, recommended.best.head, run, silent=silent)
+            joined = _measure_joined(study, sets, recommended.best.head, run, clock.title(JOIN), silent=silent)
         parts = parts_of(with_map=report is not None)
-        with clock.stage("describe"), show(parts, "describe", silent=silent, unit="parts") as progress:
+        with (
+            clock.phase(DESCRIBE, lasts[DESCRIBE]),
+            show(parts, clock.title(DESCRIBE), silent=silent, unit="parts") as progress,
+        ):
             answer = document(
                 study, found, journal, measured, joined, recommended,
                 timing=TimedForward(executor, found.timing()), executor=executor,
@@ -232,19 +233,25 @@ def _of_networks(names: Sequence[str], asked: Mapping[str, Any]) -> dict[str, An
     return found
 
 
-def _measure_all(study: Study, run: Callable[..., list[Series]], *, silent: bool) -> list[Series]:
+def _measure_all(study: Study, run: Callable[..., list[Series]], title: str, *, silent: bool) -> list[Series]:
     sets = [(network, (column.column,)) for network in study.networks for column in study.columns]
     total = len(sets) * len(study.folds) * len(study.protocol.heads)
-    with show(total, "measure", silent=silent, unit="fits") as progress:
+    with show(total, title, silent=silent, unit="fits") as progress:
         return run(study, sets, progress=progress)
 
 
 def _measure_joined(
-    study: Study, sets: Sequence[tuple[str, ...]], head: str, run: Callable[..., list[Series]], *, silent: bool
+    study: Study,
+    sets: Sequence[tuple[str, ...]],
+    head: str,
+    run: Callable[..., list[Series]],
+    title: str,
+    *,
+    silent: bool,
 ) -> list[Series]:
     """Columns side by side, with the head that does best on single ones."""
     alone = study.with_heads([head])
-    with show(len(sets) * len(study.folds), "side by side", silent=silent, unit="fits") as progress:
+    with show(len(sets) * len(study.folds), title, silent=silent, unit="fits") as progress:
         return run(alone, [(PRETRAINED, columns) for columns in sets], progress=progress)
 
 
@@ -252,15 +259,41 @@ def _measurements(found: Extracted, protocol: Protocol) -> int:
     return len(found.columns) * len(found.networks) * len(protocol.heads) * (protocol.folds or 1) * protocol.seeds
 
 
-class _Clock:
-    """Seconds of each stage."""
+def _plan(found: Extracted, protocol: Protocol, options: DepthOptions) -> dict[str, Any]:
+    """What a dry run says: columns, what is extracted, and each phase after that with the time that it may take."""
+    images, classes = _counted(found)
+    cells = (protocol.folds or 1) * protocol.seeds
+    joined = SETS * cells if len(found.columns) > 1 else 0
+    return {
+        "kind": "depth plan",
+        **found.plan(),
+        "measurements": _measurements(found, protocol),
+        "side_by_side": joined,
+        "seconds": _outlook(found, protocol, options, images, classes),
+        "protocol": protocol.text,
+    }
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def stage(self, name: str) -> Any:
-        """Times what happens inside."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
+def _counted(found: Extracted) -> tuple[int, int]:
+    """How many images and classes there are, as far as a dry run knows."""
+    if found.is_held:
+        images = found.store.features(found.dataset, node=found.columns[0].column, backbone=found.spaces[PRETRAINED])
+        return len(images), len(images.classes)
+    return int(found.records[0]["listed"]), int(found.records[0]["listing"]["classes"])
+
+
+def _outlook(
+    found: Extracted, protocol: Protocol, options: DepthOptions, images: int, classes: int
+) -> dict[str, float | None]:
+    return outlook(
+        protocol, found.columns, networks=len(found.networks), images=images, classes=max(classes, 1), jobs=options.jobs
+    )
+
+
+def _expected(found: Extracted, protocol: Protocol, options: DepthOptions, images: int, classes: int) -> dict[str, str]:
+    """The same in words, to go behind the name of a phase."""
+    seconds = _outlook(found, protocol, options, images, classes)
+    return {
+        name: "" if value is None else f"; about {spoken(value)} if none of it is known yet"
+        for name, value in seconds.items()
+    }

@@ -7,11 +7,13 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.display import share, size, table
+from featurepipe.display import counted, share, size, table
 from featurepipe.extraction.text import damaged_lines
+from featurepipe.heads.families import SHARED_PASSES
+from featurepipe.layer_depth.phases import DESCRIBE, JOIN, MEASURE
 from featurepipe.layer_depth.study import what_of
 from featurepipe.option_groups import declared
-from featurepipe.progress import duration
+from featurepipe.progress import duration, spoken
 from featurepipe.records import is_undisturbed
 from featurepipe.reporting.blocks import BESIDES, measure_of, with_values
 from featurepipe.store.options import RoleOptions
@@ -74,8 +76,23 @@ def plan_text(found: Mapping[str, Any]) -> str:
         seconds = f"about {duration(estimate['seconds'])}" if estimate["images_per_second"] else "nothing to compute"
         needed = size(sum(estimate["bytes_per_column"].values()))
         lines.append(f"{estimate['dataset']}: {estimate['to_read']:,} images to read, {seconds}, {needed}")
-    lines += [f"{found['measurements']:,} measurements: {found['protocol']}", "dry run: nothing was changed"]
+    lines += [
+        f"phases after extracting: {MEASURE}, {counted(found['measurements'], 'fit')}{_lasts(found, MEASURE)}; {JOIN}, "
+        f"{counted(found['side_by_side'], 'fit')} at most{_lasts(found, JOIN)}; {DESCRIBE}{_lasts(found, DESCRIBE)}"
+    ]
+    known = [value for value in found["seconds"].values() if value is not None]
+    lines.append(
+        f"in all about {spoken(sum(known))} on an idle machine, a rough figure; what the store has of it takes none"
+        if known
+        else f"how long they take is not estimated: only of {', '.join(SHARED_PASSES)} it is known"
+    )
+    lines += [found["protocol"], "dry run: nothing was changed"]
     return "\n".join(lines)
+
+
+def _lasts(found: Mapping[str, Any], phase: str) -> str:
+    seconds = found["seconds"][phase]
+    return "" if seconds is None else f", about {spoken(seconds)}"
 
 
 def _answer(found: Mapping[str, Any]) -> str:

@@ -335,11 +335,20 @@ def plan_text(found: Mapping[str, Any]) -> str:
     lines.append(
         f"{size_of(found['bytes'])} would be written to {found['store']}, where {size_of(found['free'])} are free"
     )
-    lines.append(f"routes: {', '.join(found['routes'])}; each measured {found['measurements']:,} times, as it is once")
+    lines += [
+        f"phases: extract; compare, some of the images with what the network was trained on, and time it; measure "
+        f"{', '.join(found['routes'])}, each {found['measurements']:,} times, as it is once"
+    ]
+    longest = found["seconds_of_a_draw_of_all"]
     lines += [
         f"{name}: a draw of all images takes about {_seconds(seconds)}, smaller ones less"
-        for name, seconds in found["seconds_of_a_draw_of_all"].items()
+        for name, seconds in longest.items()
     ]
+    most, limit = sum(longest.values()) * found["measurements"], found["budget"]
+    tuned = f"at most about {_seconds(most)} for what is tuned, " if most else ""
+    lines.append(f"measuring takes {tuned}seconds to a few minutes for each frozen route")
+    if limit is not None:
+        lines.append(f"the budget lets measuring take {_seconds(limit)}; extract and compare come besides")
     return "\n".join([*lines, *filter(None, [_not_tried_text(found)]), "dry run: nothing was changed"])
 
 

@@ -187,7 +187,7 @@ def measure_routes(
     journal: Journal,
     outlook: TrialTimes,
     *,
-    until: float | None,
+    budget: float | None,
     executor: Executor,
     progress: Progress,
 ) -> list[Untried]:
@@ -198,7 +198,7 @@ def measure_routes(
         trials: which.
         journal: where cells are kept.
         outlook: how long they take; learns from those that are done.
-        until: value of `time.monotonic` up to which trials may take; None for any time.
+        budget: seconds that trials may take from now on; None for any time. The first is tried if it fits by itself.
         executor: measures.
         progress: advanced by one for each trial.
 
@@ -208,26 +208,21 @@ def measure_routes(
     Raises:
         Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
-    missing = []
-    for trial in trials:
-        known = _known(journal, trial)
-        if known is None:
-            missing.append(trial)
-        else:
-            outlook.learn(trial, known.seconds)
-            progress.advance(1)
-    waiting, untried, done = list(missing), list[Untried](), len(trials) - len(missing)
+    waiting, untried = missing_of(trials, journal, outlook), list[Untried]()
+    done, start = len(trials) - len(waiting), time.monotonic()
+    progress.advance(done)
 
     def in_order() -> Generator[RouteTrial, None, None]:
         """Pulled when there is room; sorted anew each time, since estimates learn."""
-        under_way = 0.0 if executor.is_local else 1.0
+        under_way = 0.0  # of the first; elsewhere another is at work while one waits
         while waiting:
             waiting.sort(key=lambda trial: _urgency(context, trial, outlook.seconds(trial)))
             trial = waiting.pop(0)
             seconds = outlook.seconds(trial)
-            if until is not None and time.monotonic() + (1 + under_way) * seconds > until:
+            if budget is not None and time.monotonic() - start + (1 + under_way) * seconds > budget:
                 untried.append(Untried(trial, seconds))
                 continue
+            under_way = 0.0 if executor.is_local else 1.0
             yield trial
 
     try:
@@ -250,6 +245,18 @@ def measure_routes(
         kept = f"{done:,} of {len(trials):,} measurements are kept"
         raise Interrupted(f"{error}: {kept}; the same command goes on from there", error.exit_code - 128) from error
     return untried
+
+
+def missing_of(trials: Sequence[RouteTrial], journal: Journal, outlook: TrialTimes) -> list[RouteTrial]:
+    """The trials that the journal does not have; the outlook learns from the others."""
+    missing = []
+    for trial in trials:
+        known = _known(journal, trial)
+        if known is None:
+            missing.append(trial)
+        else:
+            outlook.learn(trial, known.seconds)
+    return missing
 
 
 def _urgency(context: RoutesContext, trial: RouteTrial, seconds: float) -> tuple[bool, float]:

@@ -102,8 +102,8 @@ class RoutesOptions(RoleOptions):
         metavar="FILE", recorded=file_or_kind,
     )  # fmt: skip
     budget: float | None = option(
-        None, "measure for so long at most, such as 30min; the cheapest and most telling first, and the rest is named "
-        "(default: no limit)",
+        None, "measure for so long at most, such as 30min, not counting extraction and the comparison of images before it; the "
+        "cheapest and most telling first, and the rest is named (default: no limit)",
         metavar="TIME", read=seconds_at_most,
     )  # fmt: skip
 

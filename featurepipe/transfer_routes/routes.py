@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -30,11 +29,12 @@ from featurepipe.layer_depth.document import provenance
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import FEW, TimedForward, Timing, least_disturbed
 from featurepipe.layer_depth.options import DepthOptions
+from featurepipe.layer_depth.phases import EXTRACT, MEASURE, Phases
 from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, choose_columns, columns_of_space
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier
-from featurepipe.progress import Silent, announcer, show
+from featurepipe.progress import Silent, announcer, show, spoken
 from featurepipe.reporting.from_store import last_source
 from featurepipe.reporting.report import check_target, write_report
 from featurepipe.results import shown_as
@@ -48,8 +48,10 @@ from featurepipe.transfer_routes import answers
 from featurepipe.transfer_routes.measure import (
     OVER_BUDGET,
     TrialTimes,
+    Untried,
     measure_routes,
     measured,
+    missing_of,
     trials_of,
     tuning_seconds,
 )
@@ -67,7 +69,7 @@ from featurepipe.transfer_routes.options import (
 )
 from featurepipe.transfer_routes.similarity import similarity
 from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
-from featurepipe.transfer_routes.trials import Route, RoutesContext, RoutesImages
+from featurepipe.transfer_routes.trials import Route, RoutesContext, RoutesImages, RouteTrial
 from featurepipe.tuning.from_images import check_room, located, precision_of, recorded_source
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.work import named, network_of
@@ -76,6 +78,14 @@ FROZEN_AT = (0.4, 0.65, 0.85)
 """Shares of the network's operations at about which frozen nodes are compared with the bottleneck."""
 CUT_AT = 0.65
 """Share of the network's operations at about which it is cut: what lies below is computed once."""
+
+COMPARE = "compare"
+PHASES = {
+    EXTRACT: "features of all frozen routes, and activations, from one pass over the images",
+    COMPARE: "some of the images with what the network was trained on, and timing the network up to each node",
+    MEASURE: "each route on each draw of the training images",
+}
+"""The phases of `routes`, and what is done in each."""
 
 
 @shown_as("routes")
@@ -142,7 +152,8 @@ def routes(
         rate: of tuning, as in `featurepipe.finetune`; None for its defaults.
         batch_size: of tuning; None for 64, and from images for 32.
         mapping: which label each of the network's own classes means, as in ``evaluate``; by default those of the same name.
-        budget: seconds, or text such as ``"30min"``, that may be spent; what tells most for its time is measured first.
+        budget: seconds, or text such as ``"30min"``, that measuring may take; extracting features and comparing the images with
+            those that the network was trained on comes before and does not count. What tells most for its time is measured first.
         test_source: images of the same classes from elsewhere, which all routes are tested on, too.
         labels: a CSV or mapping to use instead of the source's labels.
         label: the column of the class, as in `featurepipe.depth`, like the next three.
@@ -170,7 +181,6 @@ def routes(
         ClusterError: there is no such cluster, or none of its workers can be used.
         Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
-    start, clock = time.monotonic(), dict[str, float]()
     options = _options(
         routes=routes, sizes=sizes, seeds=seeds, cuts=cuts, max_width=max_width, test_images=test_images, epochs=epochs,
         rate=rate, batch_size=batch_size, mapping=mapping, budget=budget, label=label, group=group, split_column=split_column,
@@ -179,18 +189,20 @@ def routes(
     if report is not None:
         check_target(report)  # before hours of work, not after
     say = announcer(silent=silent)
+    clock = Phases(PHASES, say)
     layers = DepthOptions(max_width=max_width, **RoleOptions.of(options).arguments())
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code)
     with executor_on(None if dry_run else cluster, say=say) as executor:
         plan = _planned(wanted, options)
         arguments = {**(extraction or {}), "cluster": executor}
-        if dry_run or _lacks_activations(plan):
-            outlook = _outlook(extracted(plan.wanted, dict(arguments), dry_run=True, say=say), plan, options)
-            if dry_run:
-                return outlook
-            _check_room(outlook, say)
-        found = extracted(plan.wanted, arguments, dry_run=False, say=say)
-        clock["extract"] = time.monotonic() - start
+        if dry_run:
+            return _outlook(extracted(plan.wanted, dict(arguments), dry_run=True, say=say), plan, options)
+        with clock.phase(EXTRACT):
+            if _lacks_activations(plan):
+                quiet = replace(plan.wanted, silent=True)  # all of it is said again by the extraction itself
+                ahead = extracted(quiet, dict(arguments), dry_run=True, say=Silent().say)
+                _check_room(_outlook(ahead, plan, options), say)
+            found = extracted(plan.wanted, arguments, dry_run=False, say=say)
         study = settle_routes(found, options, labels, say)
         loaded = _with_weights(found, plan, trust_code)
         context, ways = _context(found, study, plan, options, loaded, extraction or {}, say, is_local=executor.is_local)
@@ -198,27 +210,23 @@ def routes(
             f"{study.every.what}, {len(study.test):,} of them to test on; routes: {', '.join(way.name for way in ways)}"
         )
         journal = Journal(found.store.depth_journal(found.dataset))
-        alike = _similarity(found, loaded, extraction or {}, journal, executor)
-        clock["compare"] = time.monotonic() - start - clock["extract"]
-        timing = TimedForward(executor, replace(found.timing(), nodes=_nodes(found, plan)))
-        times = least_disturbed(timing, journal)
+        with clock.phase(COMPARE):
+            alike = _similarity(found, loaded, extraction or {}, journal, executor)
+            timing = TimedForward(executor, replace(found.timing(), nodes=_nodes(found, plan)))
+            times = least_disturbed(timing, journal)
         expected, trials = TrialTimes(context, times["milliseconds"]), trials_of(context, ways)
-        with show(len(trials), "measure", silent=silent, unit="measurements") as progress:
+        with (
+            clock.phase(MEASURE, _expected(trials, journal, expected, options)),
+            show(len(trials), clock.title(MEASURE), silent=silent, unit="measurements") as progress,
+        ):
             untried = measure_routes(
-                context, trials, journal, expected,
-                until=None if options.budget is None else start + options.budget, executor=executor, progress=progress,
-            )  # fmt: skip
-        clock["measure"] = time.monotonic() - start - clock["extract"] - clock["compare"]
+                context, trials, journal, expected, budget=options.budget, executor=executor, progress=progress
+            )
     known = measured(context, ways, journal)
     if not known:
         if diverged := [one.why for one in untried if one.why != OVER_BUDGET]:
             raise UsageError(Message("no route has a result: ", diverged[0]))
-        raise UsageError(
-            Message(
-                f"in {options.budget:g} s not one measurement can be made: the shortest takes about "
-                f"{min(one.seconds for one in untried):.0f} s; allow more with ", Option("budget"),
-            )
-        )  # fmt: skip
+        raise _nothing_fits(options.budget or 0.0, untried)
     costs = {
         (one.route.name, one.size): answers.costs_of(study, one, times["milliseconds"], plan.bottleneck)
         for one in known
@@ -258,10 +266,30 @@ def routes(
         "not_tried": answers.not_tried(untried, plan.unable),
         "damaged": found.damaged,
     }
-    answer["provenance"] = {**provenance(study.every, found, clock, command), "options": as_asked(options)}
+    answer["provenance"] = {**provenance(study.every, found, clock.seconds, command), "options": as_asked(options)}
     if report is not None:
         write_report(answer, report, silent=silent)
     return answer
+
+
+def _expected(trials: Sequence[RouteTrial], journal: Journal, expected: TrialTimes, options: RoutesOptions) -> str:
+    """About how long measuring takes, and how much of that a budget allows."""
+    seconds = sum(expected.seconds(trial) for trial in missing_of(trials, journal, expected))
+    limit = "" if options.budget is None else f", of which the budget allows {spoken(options.budget)}"
+    return f"; about {spoken(seconds)} for what is not measured yet{limit}" if seconds else "; all is measured already"
+
+
+def _nothing_fits(budget: float, untried: Sequence[Untried]) -> UsageError:
+    """The budget is shorter than any measurement by itself."""
+    least = min(untried, key=lambda one: one.seconds)
+    enough = math.ceil(least.seconds + 1)
+    return UsageError(
+        Message(
+            f"a budget of {budget:g} s is too short for any of the {counted(len(untried), 'measurement')}: the shortest, "
+            f"{least.trial}, takes about {least.seconds:.2g} s by itself (extracting and comparing images do not count); "
+            "features are kept; give ", Option("budget", f"{enough}s"), " or more",
+        )
+    )  # fmt: skip
 
 
 def _lacks_activations(plan: _Plan) -> bool:
@@ -304,6 +332,7 @@ def _outlook(found: Extracted, plan: _Plan, options: RoutesOptions) -> dict[str,
         "free": shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free,
         "routes": [name for kind in kinds for name in names.get(kind, [kind])],
         "measurements": options.seeds * len(options.sizes),
+        "budget": options.budget,
         "seconds_of_a_draw_of_all": {
             name: seconds(kind, ms) for name, (kind, ms) in tuned.items() if kind not in plan.unable
         },

@@ -167,7 +167,7 @@ def test_the_document_says_what_was_found_of_what(run, pictures, tmp_path, spies
     assert set(found["transferability"]["correlations"]) == {"logistic", "knn"}
     assert found["settings"]["folds"] == 2
     assert found["provenance"]["command"] == "featurepipe depth"
-    assert set(found["provenance"]["seconds"]) == {"extract", "measure", "describe"}
+    assert set(found["provenance"]["seconds"]) == {"extract", "measure", "side by side", "describe"}
     assert "c1:avg7x7" in report.read_text(encoding="utf-8")
 
 
@@ -312,6 +312,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run, pictures, tmp
     found = run(source, dry_run=True, report=tmp_path / "page.html")
     assert [column["column"] for column in found["columns"]] == COLUMNS
     assert found["measurements"] == 3 * 2 * 2
+    assert found["side_by_side"] == 3 * 2
+    assert set(found["seconds"]) == {"measure", "side by side", "describe"}
     assert found["extractions"][0]["to_read"] == 24
     assert json.dumps(found, allow_nan=False)
     assert spies.measured == []

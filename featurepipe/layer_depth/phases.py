@@ -1,0 +1,108 @@
+"""The phases of a long comparison: which of how many is under way, about how long they take, and what a stop keeps."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from featurepipe.errors import Interrupted
+from featurepipe.heads.families import SHARED_PASSES
+from featurepipe.layer_depth.folds import CHOOSING, ENOUGH_TO_CHOOSE
+from featurepipe.layer_depth.measure import NODE_SECONDS
+from featurepipe.layer_depth.study import DepthColumn, Protocol
+
+EXTRACT, MEASURE, JOIN, DESCRIBE = "extract", "measure", "side by side", "describe"
+PHASES = {
+    EXTRACT: "the features of all columns, from one pass over the images",
+    MEASURE: "a head on each column and each fold",
+    JOIN: "a head on the two, the three and all of the best columns together",
+    DESCRIBE: "timing the network up to each column, likeness of columns, scores without heads, every image",
+}
+"""The phases of `featurepipe.depth`, and what is done in each."""
+SETS = 3
+"""Sets of columns side by side that are measured at most."""
+KEPT = "what was computed and measured is kept in the store; the same command goes on from there"
+
+
+class Phases:
+    """Says each phase as it begins, takes its time, and says what is kept where Ctrl-C ends it.
+
+    Args:
+        names: of all phases, in order, and what is done in each.
+        say: told of each.
+
+    Attributes:
+        seconds: of the phases that have ended.
+    """
+
+    def __init__(self, names: Mapping[str, str], say: Callable[[str], None]) -> None:
+        self._names, self._say = names, say
+        self.seconds: dict[str, float] = {}
+
+    def title(self, name: str) -> str:
+        """Which of how many a phase is, and its name."""
+        return f"phase {list(self._names).index(name) + 1} of {len(self._names)}, {name}"
+
+    @contextmanager
+    def phase(self, name: str, more: str = "") -> Iterator[None]:
+        """Runs a phase.
+
+        Args:
+            name: which.
+            more: what else there is to say of it.
+
+        Raises:
+            Interrupted: Ctrl-C, where nothing inside the phase has caught it.
+        """
+        self._say(f"{self.title(name)}: {self._names[name]}{more}")
+        start = time.perf_counter()
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"stopped by SIGINT in {self.title(name)}: {KEPT}", signal.SIGINT) from error
+        self.seconds[name] = time.perf_counter() - start
+
+
+def fit_seconds(rows: int, width: int, classes: int) -> float:
+    """About how long a logistic head takes on one column and fold, on one core: every C on every division, and the last fit.
+
+    Args:
+        rows: training images.
+        width: values of an image; a head on more than there are images works in the span of these.
+        classes: to tell apart.
+    """
+    divisions = 1 + min(CHOOSING, -(-ENOUGH_TO_CHOOSE // max(1, rows // CHOOSING)))
+    values = classes * rows * min(rows, width)
+    return divisions * (0.25 + 4e-4 * math.sqrt(values) + 2e-8 * values)  # of Fashion-MNIST, 100 to 2,000 images
+
+
+def outlook(
+    protocol: Protocol, columns: Sequence[DepthColumn], *, networks: int, images: int, classes: int, jobs: int | None
+) -> dict[str, float | None]:
+    """About how long each phase after the extraction takes, in seconds; None where heads are asked for that nothing is known of.
+
+    Args:
+        protocol: how it is measured.
+        columns: what is compared.
+        networks: the pretrained one, and the control.
+        images: of the dataset.
+        classes: of its labels; of numbers 1.
+        jobs: fits at once; None for one per CPU.
+    """
+    cells = (protocol.folds or 1) * protocol.seeds
+    rows = round(images * (1 - 1 / (protocol.folds or 5)))
+    single = [fit_seconds(rows, column.width, classes) for column in columns]
+    widest = sum(column.width for column in columns)
+    at_once = jobs or os.cpu_count() or 1
+    if not set(protocol.heads) <= set(SHARED_PASSES):
+        return {MEASURE: None, JOIN: None, DESCRIBE: None}
+    heads = len(protocol.heads)
+    return {
+        MEASURE: heads * networks * cells * sum(single) / at_once,
+        JOIN: SETS * cells * fit_seconds(rows, widest, classes) / at_once,
+        DESCRIBE: NODE_SECONDS * len(columns) + (protocol.folds or 1) * max(single),
+    }
