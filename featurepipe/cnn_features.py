@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from featurepipe.errors import UsageError
-from featurepipe.extraction.given import images_given
+from featurepipe.extraction.given import RAISE, check_on_reject, images_given
 from featurepipe.extraction.limits import ExtractionOptions
 from featurepipe.features.options import AUTO, REJECT
 
@@ -131,8 +131,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             UsageError: An argument is wrong, or ``X`` holds no images.
             WeightsNotFound: The weights are not at hand.
         """
-        if self.on_reject not in ("raise", "nan"):
-            raise UsageError(f"unknown on_reject {self.on_reject!r}; choices: raise, nan")
+        check_on_reject(self.on_reject)
         given = images_given(X, name=NAME)
         if not len(given):
             raise UsageError("there are no images to fit on: X is empty")
@@ -163,7 +162,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "space_")
         given = images_given(X, name=NAME)
         features, rejects, damage = self._ready().features(given, silent=not self.verbose)
-        if rejects and self.on_reject == "raise":
+        if rejects and self.on_reject == RAISE:
             row = min(rejects)
             raise given.refuse(row, rejects[row])
         given.warn_of(damage)

@@ -27,6 +27,17 @@ _CHOICES = (
 )
 _CHANNELS = (1, 3, 4)
 _NAMED = 5
+RAISE, NAN = "raise", "nan"
+
+
+def check_on_reject(value: str) -> None:
+    """Checks what is to be done about an image that cannot be used.
+
+    Raises:
+        UsageError: It is neither to raise nor to give nan.
+    """
+    if value not in (RAISE, NAN):
+        raise UsageError(f"unknown on_reject {value!r}; choices: {RAISE}, {NAN}")
 
 
 @dataclass(frozen=True)
@@ -46,12 +57,13 @@ class GivenImages:
     def __len__(self) -> int:
         return len(self.place)
 
-    def refuse(self, row: int, reason: str) -> UsageError:
-        """The error for a row of the source that cannot be used."""
+    def refuse(self, row: int, reason: str, *, has_labels: bool = True) -> UsageError:
+        """The error for a row of the source that cannot be used; ``has_labels`` where the caller may have given one for each."""
         from featurepipe.images.decode import is_repaired
 
         hint = (", or keep it with ", Option("damaged", KEEP)) if is_repaired(reason) else ()
-        return UsageError(Message(f"{self._named(row)} cannot be used: {reason}. Leave it out, and its label", *hint))
+        out = f"{self._named(row)} cannot be used: {reason}. Leave it out{', and its label' if has_labels else ''}"
+        return UsageError(Message(out, *hint, ", or have nan for such images with ", Option("on_reject", NAN)))
 
     def warn_of(self, damage: Mapping[int, str]) -> None:
         """Warns the caller's caller, in one line, of images that were kept although they are damaged.

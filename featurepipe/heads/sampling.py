@@ -94,6 +94,42 @@ def fold_numbers(
     return dealt[image]
 
 
+def larger_classes_first(
+    dealt: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64], codes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Folds as `fold_numbers` deals them, but for fold 0: a class that has none of it takes that of the smallest class that has.
+
+    Classes of as many images as there are folds, or more, have one in every fold, and theirs stay as they are.
+
+    Args:
+        dealt: (n,) what `fold_numbers` returned.
+        keys: (n,) what tells images apart.
+        codes: (n,) class numbers.
+
+    Returns:
+        (n,) fold of each row; as many images are in each fold as before.
+
+    Example:
+        >>> keys, codes = np.arange(6, dtype=np.uint64), np.array([0, 0, 1, 1, 1, 1])
+        >>> larger_classes_first(np.array([0, 1, 2, 3, 4, 1]), keys, codes)
+        array([1, 1, 2, 3, 4, 0])
+    """
+    _, first, image = np.unique(keys, return_index=True, return_inverse=True)
+    fold, classes = dealt[first], codes[first]
+    sizes = np.bincount(classes)
+    held = np.bincount(classes[fold == 0], minlength=len(sizes))
+    lacking = [kind for kind in np.argsort(-sizes, kind="stable") if sizes[kind] > 1 and not held[kind]]
+    having = [kind for kind in np.argsort(sizes, kind="stable") if held[kind]]
+    for larger, smaller in zip(lacking, having, strict=False):
+        if sizes[smaller] >= sizes[larger]:
+            break
+        inside = np.flatnonzero(classes == larger)
+        taker = inside[np.argmin(fold[inside])]
+        giver = np.flatnonzero((classes == smaller) & (fold == 0))[0]
+        fold[[taker, giver]] = fold[[giver, taker]]
+    return np.asarray(fold[image.reshape(-1)])
+
+
 def group_fold_numbers(
     units: npt.NDArray[np.uint64], codes: npt.NDArray[np.int64], *, folds: int, seed: int
 ) -> npt.NDArray[np.int64]:

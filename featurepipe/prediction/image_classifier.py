@@ -17,7 +17,7 @@ from featurepipe.backbones.engine import HookedNetwork
 from featurepipe.backbones.nodes import freeze, frozen_copy
 from featurepipe.backbones.pooling import pool
 from featurepipe.errors import BundleError, UsageError
-from featurepipe.extraction.given import images_given
+from featurepipe.extraction.given import RAISE, check_on_reject, images_given
 from featurepipe.features.options import AUTO, REJECT
 from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
@@ -49,12 +49,15 @@ class ImageClassifier:
         bundle: The head and all that is known of it.
         classes_: (K,) class names, in the order of the probabilities; none of a bundle that predicts a number.
         weights_note: What was ignored or guessed when a file of weights was loaded; empty if all is as usual.
+        on_reject: What an image that cannot be used does: ``raise`` or ``nan``.
     """
 
-    def __init__(self, ready: ReadyBundle) -> None:
+    def __init__(self, ready: ReadyBundle, *, on_reject: str = RAISE) -> None:
+        check_on_reject(on_reject)
         self.bundle = ready.bundle
         self.classes_ = np.array(ready.bundle.classes, dtype=object)
         self.weights_note = ready.backbone.weights_note
+        self.on_reject = on_reject
         self._ready = ready
 
     @classmethod
@@ -69,6 +72,7 @@ class ImageClassifier:
         engine: str = AUTO,
         damaged: str = REJECT,
         trust_code: bool = False,
+        on_reject: str = RAISE,
     ) -> Self:
         """Reads a bundle and loads its network.
 
@@ -83,6 +87,8 @@ class ImageClassifier:
             damaged: What a JPEG does of which libjpeg could only repair what was left: ``reject`` raises as for any image that
                 cannot be used, ``keep`` predicts it, and a warning names it.
             trust_code: Whether a network ``package.module:factory`` may be loaded, which runs that module.
+            on_reject: What an image that cannot be used does: ``raise`` an error that names it, or ``nan``: its label is None
+                (its number nan), its probabilities are nan, and the others are predicted.
 
         Raises:
             BundleError: The bundle is damaged, or the network gives other features here; the message names what differs.
@@ -98,7 +104,8 @@ class ImageClassifier:
             damaged=damaged,
             trust_code=trust_code,
         )
-        return cls(make_ready(path, options))
+        check_on_reject(on_reject)  # before a network is loaded
+        return cls(make_ready(path, options), on_reject=on_reject)
 
     def __repr__(self) -> str:
         bundle = self.bundle
@@ -127,7 +134,7 @@ class ImageClassifier:
         likely = pandas.DataFrame(self.predict_proba(given), columns=list(self.classes_))
         if self.bundle.target_type == MULTILABEL:
             return likely
-        likely.insert(0, "predicted", self.classes_[self.bundle.codes(likely.to_numpy())], allow_duplicates=True)
+        likely.insert(0, "predicted", self._labels(likely.to_numpy()), allow_duplicates=True)
         return likely
 
     def plot(self, what: str | None = None, *, ax: Axes | None = None, **how: Any) -> Axes:
@@ -148,19 +155,25 @@ class ImageClassifier:
         Returns:
             (n,) labels, text, in the order of the images (see ``Bundle.predict``); of a bundle that predicts a number
             float64, and ``bundle.half_width`` less and more are the limits of the prediction intervals. Of several labels
-            (n, K), 1 where one is predicted and 0 elsewhere, in the order of ``classes_``.
+            (n, K), 1 where one is predicted and 0 elsewhere, in the order of ``classes_``. With ``on_reject="nan"`` None, or
+            nan (of several labels in float64), for images that cannot be used.
 
         Raises:
-            UsageError: These are no images, or one of them cannot be used; names it and its position.
+            UsageError: These are no images, or one of them cannot be used (unless ``on_reject="nan"``); names it and its
+                position.
         """
         if self.bundle.target_type == CONTINUOUS:
-            return self._of_each(images, self._ready.numbers, np.zeros)
+            return self._of_each(images, self._ready.numbers)
         if self.bundle.target_type == MULTILABEL:
-            scores = self._of_each(
-                images, self._ready.label_scores, lambda count: np.zeros((count, len(self.classes_)))
-            )
-            return (scores > self.bundle.thresholds).astype(np.int64)
-        labels: npt.NDArray[np.object_] = self.classes_[self.bundle.codes(self.predict_proba(images))]
+            scores = self._of_each(images, self._ready.label_scores, len(self.classes_))
+            present = (scores > self.bundle.thresholds).astype(np.int64)
+            return present if self.on_reject == RAISE else np.where(np.isnan(scores), np.nan, present)
+        return self._labels(self.predict_proba(images))
+
+    def _labels(self, likely: npt.NDArray[np.float64]) -> npt.NDArray[np.object_]:
+        """(n,) the labels that (n, K) probabilities mean; None where they are nan."""
+        labels: npt.NDArray[np.object_] = self.classes_[self.bundle.codes(likely)]
+        labels[np.isnan(likely).any(axis=1)] = None
         return labels
 
     def predict_proba(self, images: Any) -> npt.NDArray[np.float64]:
@@ -173,22 +186,24 @@ class ImageClassifier:
             raise BundleError(
                 f"this bundle predicts a number ({self.bundle.target_name}), it has no probabilities: use predict"
             )
-        return self._of_each(images, self._ready.probabilities, lambda count: np.zeros((count, len(self.classes_))))
+        return self._of_each(images, self._ready.probabilities, len(self.classes_))
 
     def _of_each(
         self,
         images: Any,
         score: Callable[[Sequence[FeatureBatch]], npt.NDArray[np.float64]],
-        empty: Callable[[int], npt.NDArray[np.float64]],
+        *width: int,
     ) -> npt.NDArray[np.float64]:
-        """What is predicted of each image, in the order of the images."""
+        """What is predicted of each image, in the order of the images: one number, or as many as ``width`` says."""
         given = images_given(images, name="images")
-        found = empty(len(given.ids))
+        found = np.full((len(given.ids), *width), np.nan)
         damage: dict[int, str] = {}
         listing = given.source.scan().combine_chunks()
         for group in self._ready.groups(given.source, listing):
-            for row, reason in (reject for batch in group for reject in batch.rejects):
-                raise given.refuse(row, reason)
+            rejects = [reject for batch in group for reject in batch.rejects]
+            if rejects and self.on_reject == RAISE:
+                row, reason = rejects[0]
+                raise given.refuse(row, reason, has_labels=False)
             damage.update(found for batch in group for found in batch.damage)
             rows = np.concatenate([batch.rows for batch in group])
             found[rows] = score(group)

@@ -143,22 +143,35 @@ def _leaks(document: Document) -> Section | None:
     lines = []
     if trained.get("images"):
         share = percent(trained.get("share"))
-        lines.append(f"{count(trained['images'])} of these images ({share}) were trained on{_without(trained)}.")
+        were = "was" if trained["images"] == 1 else "were"
+        lines.append(f"{count(trained['images'])} of these images ({share}) {were} trained on{_without(trained)}.")
     groups, across = leakage.get("trained_groups") or {}, leakage.get("groups_across_splits") or {}
     if groups.get("images"):
         share = percent(groups.get("share"))
+        are = "is" if groups["images"] == 1 else "are"
         lines.append(
-            f"{count(groups['images'])} of these images ({share}) are of {counted(groups['groups'], 'group')} of which other "
+            f"{count(groups['images'])} of these images ({share}) {are} of {counted(groups['groups'], 'group')} of which other "
             f"images were trained on{_without(groups)}."
         )
     if splits.get("images"):
-        lines.append(f"{count(splits['images'])} images lie in more than one split.")
+        lines.append(
+            f"{counted(splits['images'], 'image', 'lies', 'lie')} in more than one split{_such_as(splits, 'split')}."
+        )
     if across.get("groups"):
         lines.append(f"{counted(across['groups'], 'group', 'has', 'have')} images in more than one split.")
     if labels.get("images"):
-        lines.append(f"{count(labels['images'])} images carry different labels in different rows.")
+        there = counted(labels["images"], "image", "is", "are")
+        lines.append(f"{there} there more than once, with different labels{_such_as(labels, 'label')}.")
     clean = "None of these images was trained on, none lies in two splits, none carries two labels."
     return Section("leaks", "Leaks", [Prose(tuple(lines) or (clean,))])
+
+
+def _such_as(leak: Document, side: str) -> str:
+    """The first copies of an image and the sides that they are on, as the document names them."""
+    shown = [" = ".join(f"{row['id']} ({row[side]})" for row in rows) for rows in leak.get("examples") or []]
+    if not shown:
+        return ""
+    return f": {'; '.join(shown)}{'; ...' if leak['images'] > len(shown) else ''}"
 
 
 def _without(leak: Document) -> str:

@@ -439,7 +439,8 @@ def counts_of(features: FeatureSet) -> dict[str, Any]:
 def describe(features: FeatureSet) -> str:
     """Sums up a view in a few lines of text."""
     counts = features.counts()
-    rest = [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected", "duplicates")]
+    rest = [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected")]
+    rest.append(counted(counts["duplicates"], "duplicate"))
     lines = [
         f"dataset  {features.origin.dataset}, of {features.origin.store}",
         f"space    {features.origin.space}",

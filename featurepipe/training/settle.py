@@ -121,6 +121,8 @@ def settle_rows(
         is_ordered=options.ordered is not None,
     )
     say(f"{task.features.origin.dataset}: {_counted(task)}")
+    if targets is None:
+        _say_conflicts(features, say)
     if features.groups is not None and not (len(division.test) or features.split_names()):
         say("no group can be held out for the test: every one is the only one of a class; give images of more groups")
     return task
@@ -208,18 +210,47 @@ def _learnable(features: FeatureSet, division: Division, least: int) -> tuple[st
             f"and which split is trained on ({division.text})"
         )
     counts = class_counts(train.codes(classes), classes)
+    tested = class_counts(features.take(division.test).codes(classes), classes)
     few = [name for name, count in counts.items() if count < least]
     if few:
         where = int(np.flatnonzero(train.codes(classes) == classes.index(few[0]))[0])
         have = "has" if len(few) == 1 else "have"
+        ways = (", or say which images test with ", Option("split_column")) if tested[few[0]] else ()
         raise UsageError(
             Message(
                 f"{len(few)} of {len(classes)} classes {have} fewer than {least} training images, such as {few[0]!r} with "
-                f"{counts[few[0]]} (id {train.ids[where]}); give more images, take the labels away, or accept them with ",
+                f"{counts[few[0]]} (id {train.ids[where]}){_held_out(tested[few[0]])}; give more images, take the labels away, "
+                "or accept them with ",
                 Option("min_class_size", min(counts[name] for name in few)),
+                *ways,
             )
         )
     return tuple(classes)
+
+
+def _say_conflicts(features: FeatureSet, say: Callable[[str], None]) -> None:
+    """Names an image that is there more than once, as copies, with different classes."""
+    _, image, copies = np.unique(features.keys64, return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(copies[image] > 1)
+    image, codes = image[rows], features.codes()[rows]
+    order = np.lexsort((codes, image))
+    pairs = np.flatnonzero((np.diff(image[order]) == 0) & (np.diff(codes[order]) != 0))
+    if not len(pairs):
+        return
+    count = len(np.unique(image[order[pairs]]))
+    two = features.take(rows[order[pairs[0] : pairs[0] + 2]])
+    named = " = ".join(f"{id_} ({label})" for id_, label in zip(two.ids, two.labels, strict=True))
+    say(
+        f"{counted(count, 'image', 'is', 'are')} there more than once, with different labels, and learned with each: {named}"
+        f"{', ...' * (count > 1)}; correct the labels, or remove the copies (featurepipe duplicates lists them)"
+    )
+
+
+def _held_out(count: int) -> str:
+    """Where the other images of a class are, if they are tested."""
+    if not count:
+        return ""
+    return f": its other {'image is' if count == 1 else f'{count:,} images are'} held out for the test"
 
 
 def _in_order(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from featurepipe.annotations import split_asked
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError, unknown
-from featurepipe.heads.sampling import fold_numbers, group_fold_numbers
+from featurepipe.heads.sampling import fold_numbers, group_fold_numbers, larger_classes_first
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
@@ -79,7 +79,7 @@ def divide(
         what = f"unknown split {split!r}: dataset {features.origin.dataset} has no splits; leave "
         raise UsageError(Message(what, Option("split"), " out"))
     else:
-        train, test = hold_out(features, codes, np.flatnonzero(codes >= 0), folds=TEST_FOLDS, seed=seed)
+        train, test = hold_out_test(features, codes, np.flatnonzero(codes >= 0), seed=seed)
         own = test[:0]
         what = "image" if features.groups is None else "image, by group,"
         text = f"no splits in the dataset: every {TEST_FOLDS}th {what} held out for the test (seed {seed})"
@@ -157,6 +157,16 @@ def hold_out(
 ) -> tuple[Positions, Positions]:
     """Splits ``rows`` into the rest and one fold of ``folds``."""
     fold = dealt(features, codes, rows, folds=folds, seed=seed)
+    return rows[fold != 0], rows[fold == 0]
+
+
+def hold_out_test(
+    features: FeatureSet, codes: npt.NDArray[np.int64], rows: Positions, *, seed: int
+) -> tuple[Positions, Positions]:
+    """Splits ``rows`` into those to train on and every fifth for the test; without groups small classes give theirs last."""
+    fold = dealt(features, codes, rows, folds=TEST_FOLDS, seed=seed)
+    if features.groups is None:
+        fold = larger_classes_first(fold, features.keys64[rows], codes[rows])
     return rows[fold != 0], rows[fold == 0]
 
 

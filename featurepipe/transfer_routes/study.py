@@ -16,7 +16,7 @@ from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, learnable
 from featurepipe.store import FeatureSet
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
-from featurepipe.training.splits import TEST_FOLDS, hold_out, refuse_groups_across
+from featurepipe.training.splits import TEST_FOLDS, hold_out_test, refuse_groups_across
 from featurepipe.transfer_routes.options import ALL, RoutesOptions
 
 VERSION = 1
@@ -186,7 +186,7 @@ def _divided(images: FeatureSet, codes: Codes, options: RoutesOptions) -> tuple[
         pool, text = pool[~copies], "Tested are images of the dataset's split test"
         text += f"; {counted(int(copies.sum()), 'copied image')} of them do not train" if copies.any() else ""
     else:
-        pool, test = hold_out(images, codes, rows, folds=TEST_FOLDS, seed=0)
+        pool, test = hold_out_test(images, codes, rows, seed=0)
         what = "image" if images.groups is None else "image, by group,"
         text = f"The dataset has no split test: every {TEST_FOLDS}th {what} is held out"
     if options.target_type == "multiclass":

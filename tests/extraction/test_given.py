@@ -109,8 +109,14 @@ def test_a_folder_is_refused_with_how_to_list_it(tmp_path):
 
 def test_an_unusable_image_is_named_with_its_first_position():
     given = images_given(["/a/x.png", PIXELS[0], "/a/y.png", "/a/y.png"], name="x")
-    assert str(given.refuse(2, "why")) == "image 2 (/a/y.png) cannot be used: why. Leave it out, and its label"
-    assert str(given.refuse(1, "why")) == "image 1 cannot be used: why. Leave it out, and its label"
+    assert (
+        str(given.refuse(2, "why"))
+        == "image 2 (/a/y.png) cannot be used: why. Leave it out, and its label, or have nan for such images with on_reject='nan'"
+    )
+    assert (
+        str(given.refuse(1, "why"))
+        == "image 1 cannot be used: why. Leave it out, and its label, or have nan for such images with on_reject='nan'"
+    )
 
 
 def picture(mode):

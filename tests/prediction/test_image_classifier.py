@@ -57,6 +57,26 @@ def test_what_is_damaged_is_refused_or_predicted_with_a_warning(album, tmp_path,
     assert keeping.predict(paths[:1]).shape == (1,)
 
 
+def test_one_unreadable_image_of_many_is_named_or_has_no_label(album, classifier, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    paths = list(album.paths())
+    mixed = [paths[0], tmp_path / "text.png", *paths[1:]]
+    way_on = r"cannot be used: not-an-image: .* Leave it out, or have nan for such images with on_reject='nan'$"
+    with pytest.raises(UsageError, match=way_on):
+        classifier.predict(mixed)
+    lenient = ImageClassifier.load(album.bundle(), workers=2, on_reject="nan")
+    expected = classifier.predict(paths).tolist()
+    for one in (lenient, pickle.loads(pickle.dumps(lenient))):
+        assert one.predict(mixed).tolist() == [expected[0], None, *expected[1:]]
+    likely = lenient.to_pandas(mixed)
+    assert likely["predicted"].dropna().tolist() == expected
+    alone = [place == 1 for place in range(len(mixed))]
+    assert likely["predicted"].isna().tolist() == likely[list(lenient.classes_)].isna().all(axis=1).tolist() == alone
+    assert lenient.predict([tmp_path / "text.png"]).tolist() == [None]
+    with pytest.raises(UsageError, match="unknown on_reject 'skip'; choices: raise, nan"):
+        ImageClassifier.load("nowhere", on_reject="skip")
+
+
 def test_paths_pil_images_and_arrays_give_the_same_in_any_order(album, classifier, score_moves):
     paths = album.paths()
     expected = classifier.predict_proba(paths)

@@ -95,6 +95,9 @@ def test_an_object_predicts_labels_and_probabilities(album, labelled, tmp_path, 
     )
     assert np.mean(found.predict(paths) == bundle.predict(features)) > 0.97  # but for rounding at a threshold
     assert "3 labels" in repr(found)
+    (tmp_path / "text.png").write_text("no image")
+    lenient = ImageClassifier.load(bundle, workers=2, on_reject="nan").predict([paths[0], tmp_path / "text.png"])
+    np.testing.assert_array_equal(lenient, [found.predict(paths[:1])[0], [np.nan] * 3])
 
 
 @pytest.mark.parametrize(("name", "pca"), [("logistic", None), ("linear-svm", 5), ("ridge", None)])

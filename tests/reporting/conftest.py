@@ -257,7 +257,16 @@ def bundle_document() -> dict[str, Any]:
                 },
                 "copies": 0,
                 "across_splits": {"images": 0, "rows": 0, "examples": [], "pairs": []},
-                "label_conflicts": {"images": 3, "rows": 6, "examples": []},
+                "label_conflicts": {
+                    "images": 3,
+                    "rows": 6,
+                    "examples": [
+                        [
+                            {"id": "a.png", "split": None, "label": "Bag"},
+                            {"id": "b.png", "split": None, "label": "Coat"},
+                        ]
+                    ],
+                },
             },
             "seconds": 1.5,
         },

@@ -189,7 +189,7 @@ def test_a_bundle_has_the_same_page(bundle_document, tmp_path, read_image, featu
         "It classifies 91.4\u00a0% of 1,180 images correctly, 95\u00a0% interval 91.0 to 91.8\u00a0%"
     )
     assert "7 of these images (1.2\u00a0%) were trained on; without them the accuracy is 88.8\u00a0%." in html
-    assert "3 images carry different labels" in html
+    assert "3 images are there more than once, with different labels: a.png (Bag) = b.png (Coat); ...." in html
     titles = page.texts["h2"]
     assert titles[0] == "Answer"
     assert titles[-1] == "How this was measured"

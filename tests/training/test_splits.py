@@ -8,7 +8,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from featurepipe.errors import UsageError
 from featurepipe.heads import make_head
-from featurepipe.heads.sampling import ALWAYS_TRAIN, fold_numbers, group_fold_numbers
+from featurepipe.heads.sampling import ALWAYS_TRAIN, fold_numbers, group_fold_numbers, larger_classes_first
 from featurepipe.training.splits import divide, folds_of
 
 
@@ -32,6 +32,20 @@ def test_folds_keep_copies_together_and_classes_even(images, folds, seed):
             sizes = [members.count(fold) for fold in range(folds)]
             assert max(sizes) - min(sizes) <= 1
             assert sum(sizes) == len(members)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=25), seed=st.integers(0, 5))
+def test_larger_classes_are_tested_before_smaller_ones_and_the_largest_stay(sizes, seed):
+    codes = np.repeat(np.arange(len(sizes)), sizes)
+    keys = np.random.default_rng(0).permutation(len(codes)).astype(np.uint64)
+    before = fold_numbers(keys, codes, folds=5, seed=seed)
+    found = larger_classes_first(before, keys, codes)
+    assert sorted(found) == sorted(before)
+    is_tested = np.isin(np.arange(len(sizes)), codes[found == 0])
+    large = np.array(sizes)[codes] >= 5
+    np.testing.assert_array_equal(found[large], before[large])
+    tested, untested = np.array(sizes)[is_tested], np.array(sizes)[~is_tested & (np.array(sizes) > 1)]
+    assert tested.min(initial=99) >= untested.max(initial=0)
 
 
 @given(

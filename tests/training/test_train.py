@@ -219,6 +219,25 @@ def test_a_class_with_one_image_is_named_with_its_id_and_can_be_accepted(zoo, ru
     assert run(zoo, min_class_size=1)["classes"]["yak"] == 1
 
 
+def test_a_class_whose_other_image_is_tested_says_so_and_labels_in_conflict_are_named(zoo, run, capsys):
+    rows = [row for row in zoo.images(None) if row.label == "cat"][:20]
+    for number in range(20):  # classes of two, of which some must give the test an image
+        rows += [zoo.image(f"{number}-{one}.png", f"emu-{number}-{one}", f"kind {number:02d}") for one in "ab"]
+    zoo.write(rows)
+    with pytest.raises(UsageError) as caught:
+        run(zoo)
+    way_on = "its other image is held out for the test; give more images, take the labels away, or accept them with "
+    assert way_on + "min_class_size=1, or say which images test with split_column" in str(caught.value)
+    twin = zoo.image("twin.png", rows[0].content, "dog")
+    zoo.write([*zoo.images(None), twin])
+    run(zoo, silent=False)
+    named = f"{rows[0].id} (cat) = twin.png (dog)"
+    assert (
+        f"1 image is there more than once, with different labels, and learned with each: {named};"
+        in capsys.readouterr().err
+    )
+
+
 def test_no_label_at_all(zoo, run):
     zoo.write([replace(row, label=None) for row in zoo.images("train")])
     with pytest.raises(UsageError, match=r"none of the 120 images of dataset zoo has a label.*labels='FILE"):
