@@ -288,10 +288,11 @@ def _what_of(document: Document) -> str:
     both = (document.get("recommended") or {}).get("low") is not None and document.get("details")
     if not both or not (document.get("settings") or {}).get("folds"):
         return ""
+    word = measure_of(document).word
     return (
-        f"The interval above is how far the {measure_of(document).word} may move with other images to learn from and to "
-        "test on, which folds and seeds tell (or images, where those tell of more); the one under Measures is for one round "
-        "of folds, the heads as they were fitted, and other test images alone."
+        f"The interval above says how far the {word} may move with other images, to learn from and to test on: it is "
+        "that over folds and seeds, or that over the tested images if it is wider. The interval under Measures says less: how "
+        "far it may move with other test images, for the heads of one round of folds as they are."
     )
 
 

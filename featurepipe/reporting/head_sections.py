@@ -47,12 +47,16 @@ def bundle_title(document: Document) -> str:
     """What the page is about."""
     bundle, evaluation = document.get("bundle") or {}, document.get("evaluation") or {}
     on = f" on {evaluation['dataset']}" if evaluation.get("dataset") else ""
-    return f"How good is {bundle.get('family', 'the head')} on {bundle_column(document)}{on}?"
+    return f"How good is {bundle.get('family', 'the head')}{on}, from {bundle_column(document)}?"
 
 
 def bundle_column(document: Document) -> str:
-    """The column or columns that the bundle's head reads."""
-    return " + ".join(map(str, (document.get("bundle") or {}).get("columns") or [])) or "its features"
+    """The column or columns that the bundle's head reads; the network's last is also known as its bottleneck."""
+    bundle = document.get("bundle") or {}
+    last = bundle.get("bottleneck") or "bottleneck"
+    columns = [str(column) for column in bundle.get("columns") or []]
+    named = [f"{one} (bottleneck)" if one.partition(":")[0] == last != "bottleneck" else one for one in columns]
+    return " + ".join(named) or "its features"
 
 
 def bundle_sections(document: Document) -> list[Section]:
@@ -70,7 +74,7 @@ def _answer(document: Document) -> Section | None:
         return None
     bounds = interval(accuracy.get("low"), accuracy.get("high"))
     known = f", 95\u00a0% interval {bounds}" if bounds else ""
-    scope = f" ({evaluation['scope']})" if evaluation.get("scope") else ""
+    scope = f"; tested on {evaluation['scope']}" if evaluation.get("scope") else ""
     sentence = (
         f"It classifies {percent(accuracy['value'])} of {count(metrics.get('images'))} images correctly{known}{scope}."
     )
@@ -95,7 +99,7 @@ def _kappa_figure(kappa: Document | None) -> list[tuple[str, str, str]]:
 
 def _answer_of_targets(bundle: Document, evaluation: Document, metrics: Document) -> Section:
     """How good several labels, or a number, are predicted."""
-    scope = f" ({evaluation['scope']})" if evaluation.get("scope") else ""
+    scope = f", of {evaluation['scope']}" if evaluation.get("scope") else ""
     images = count(metrics.get("images"))
     if "map" in metrics:
         measured = len(metrics["per_label"]) - len(metrics["unmeasured"])

@@ -303,10 +303,12 @@ class Rounding:
                 where = np.flatnonzero(bad)
                 names = ", ".join(ids[i] for i in where[:5]) + (", ..." if len(where) > 5 else "")
                 raise NonFiniteFeatures(f"{column}: NaN or infinity for {len(where)} of {len(values)} images: {names}")
-            return self._widened(column, values, f"a value of {np.abs(values).max():g} does not fit (largest 65504)")
+            return self._widened(
+                column, values, f"a value of {np.abs(values).max():.2g} is above float16's largest, 65504"
+            )
         if narrow and len(values) and _loses_small_values(values, stored):
             return self._widened(
-                column, values, f"values as small as {np.abs(values).mean():g} on average lose their digits"
+                column, values, f"values of {np.abs(values).mean():.1g} on average are too small for float16's steps"
             )
         return stored
 
@@ -314,7 +316,9 @@ class Rounding:
         """Keeps the column as float32 from here on, and says so."""
         self._wide.add(column)
         if self._on_overflow is not None:
-            self._on_overflow(f"{column}: float16 cannot hold it: {why}; this column is stored as float32 from here on")
+            self._on_overflow(
+                f"{column}: {why}; it is stored as float32 from here on: nothing is lost, and the column takes twice the bytes"
+            )
         return values.astype(np.float32)
 
 

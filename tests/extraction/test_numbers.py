@@ -38,9 +38,9 @@ def test_what_float16_cannot_hold_is_kept_as_float32_and_said(album, run, networ
     record = run(album.root, backbone=spec, nodes=["fc", "act"], silent=False)
     said = capsys.readouterr().err
     assert re.search(
-        r"fc:gap: float16 cannot hold it: a value of [\d.e+]+ does not fit \(largest 65504\); .* float32", said
+        r"fc:gap: a value of [\d.e+]+ is above float16's largest, 65504; .* float32 .*: nothing is lost", said
     )
-    assert said.count("float16 cannot hold it") == 1
+    assert said.count("above float16's largest") == 1
     assert record["counts"]["computed"] == 4
     (space,) = run.store.spaces()
     assert {name: info.dtype for name, info in space.columns().items()} == {"act:gap": "float16", "fc:gap": "float32"}
@@ -107,4 +107,6 @@ def test_features_too_small_for_float16_are_kept_as_float32_and_said(tmp_path):
         "usual:gap": "float16",
     }
     assert len(said) == 1
-    assert said[0].startswith("small:gap: float16 cannot hold it")
+    assert said[0].startswith(
+        "small:gap: values of 2e-09 on average are too small for float16's steps; it is stored as float32"
+    )

@@ -184,7 +184,7 @@ def test_confusions_classes_and_mistakes(whole, parsed):
 def test_a_bundle_has_the_same_page(bundle_document, tmp_path, read_image, features, parsed):
     html = page_of(bundle_document, tmp_path, images=read_image, features=features)
     page = parsed(html)
-    assert page.texts["h1"] == ["How good is logistic on blocks.10:avg5x5 on fashion?"]
+    assert page.texts["h1"] == ["How good is logistic on fashion, from blocks.10:avg5x5?"]
     assert page.texts["p"][1].startswith(
         "It classifies 91.4\u00a0% of 1,180 images correctly, 95\u00a0% interval 91.0 to 91.8\u00a0%"
     )

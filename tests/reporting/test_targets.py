@@ -98,7 +98,7 @@ def test_the_page_of_a_number_has_plots_coverage_and_the_largest_errors(tmp_path
     (answer, *_) = bundle_sections(document(metrics))
     prose, figures = answer.blocks
     assert (
-        f"off by {mean_absolute_error(truth, guesses):.3f} on average (80 images (split test))" in prose.paragraphs[0]
+        f"off by {mean_absolute_error(truth, guesses):.3f} on average (80 images, of split test)" in prose.paragraphs[0]
     )
     shown = {name: value for name, value, _ in figures.items}
     assert shown["R2"] == f"{r2_score(truth, guesses):.3f}"
