@@ -140,6 +140,21 @@ def counted(number: int, noun: str, one: str = "", several: str = "") -> str:
     return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}{verb and f' {verb}'}"
 
 
+def dealt_with(counts: Mapping[str, int], copies: int = 0) -> str:
+    """What became of images.
+
+    Args:
+        counts: How many were ``computed``, ``known`` and ``rejected``.
+        copies: How many of the known are copies of those computed.
+
+    Example:
+        >>> dealt_with({"computed": 4, "known": 3, "rejected": 1}, 2)
+        '4 computed, 3 known (2 as copies of these), 1 rejected'
+    """
+    computed, known, rejected = (f"{counts.get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
+    return f"{computed}, {known}{f' ({copies:,} as copies of these)' if copies else ''}, {rejected}"
+
+
 def first_names(names: Sequence[object], most: int = 3, *, apart: str = ", ", what: str = "") -> str:
     """The first names, and how many more there are.
 

@@ -59,7 +59,9 @@ def add_runs(command: ArgumentParser) -> None:
     )
     command.add_argument("--job", metavar="NAME", help="only runs of this job")
     command.add_argument(
-        "--rejects", action="store_true", help="the images that cannot be used now, why, and since which run"
+        "--rejects",
+        action="store_true",
+        help="the images that cannot be used now, why, and since which run; those of a last run that failed, too",
     )
     command.add_argument("--dataset", metavar="NAME", help="of --rejects (default: all)")
     add_json(command)
@@ -160,9 +162,9 @@ def _named(run_id: str, chosen: Sequence[Record], records: Sequence[Record], sto
 
 
 def _rejects(args: Namespace, store: FeatureStore) -> int:
-    from featurepipe.jobs.text import current_rejects, rejects_text
+    from featurepipe.jobs.text import current_rejects, datasets_taken, rejects_text
 
-    datasets = store.datasets()
+    datasets = datasets_taken(store)
     if args.dataset is not None and args.dataset not in datasets:
         raise unknown("dataset", args.dataset, datasets, where=str(store.path), see=f"featurepipe info {store.path}")
     chosen = datasets if args.dataset is None else [args.dataset]

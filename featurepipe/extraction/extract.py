@@ -217,6 +217,9 @@ class Estimate:
         known: images that need nothing.
         rejected: images that were rejected before and have not changed.
         to_read: images that would be read; among them are moved and copied ones, which cost a read but no forward.
+        gone: images of the last snapshot, by their ids, that the source no longer lists.
+        lost_labels: those that two images or more of the last snapshot had and none has any more, with how many had each.
+        warnings: what is odd about that.
         new: of these, images never seen under this name, size and time; the others lack a column.
         seconds: expected duration, or None when nothing could be sampled.
         images_per_second: measured on the sample, or None.
@@ -233,6 +236,9 @@ class Estimate:
     rejected: int
     to_read: int
     new: int
+    gone: int
+    lost_labels: dict[str, int]
+    warnings: list[str]
     seconds: float | None
     images_per_second: float | None
     sampled: int
@@ -261,6 +267,9 @@ def estimate(job: ExtractionSpec, sample_size: int, executor: Executor | None = 
         rejected=len(plan.rejected),
         to_read=len(plan.todo),
         new=int((~plan.has_key).sum()),
+        gone=job.losses.gone,
+        lost_labels=dict(job.losses.labels),
+        warnings=list(job.losses.warnings(job.options.max_gone)),
         seconds=len(plan.todo) / rate if rate else (None if len(plan.todo) else 0.0),
         images_per_second=rate,
         sampled=sampled,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe import records
@@ -33,6 +34,7 @@ class ExtractionLedger:
         damage: what is wrong with an image that was kept on request although it is damaged, by row.
         computed: rows whose features were computed and handed to the store.
         known: rows whose features the store had, or gets from another row with the same bytes.
+        copies: of these, the rows with the bytes of one that is among the computed.
         read: how many images were read.
         tried_again: how many of those could be read only at a further try.
         remarks: how many images were decoded in which way that is to be said, see `Loaded.remarks`.
@@ -48,6 +50,7 @@ class ExtractionLedger:
     damage: dict[int, str] = field(default_factory=dict)
     computed: int = 0
     known: int = 0
+    copies: int = 0
     read: int = 0
     tried_again: int = 0
     remarks: Counter[str] = field(default_factory=Counter)
@@ -107,6 +110,7 @@ class Bookkeeping:
                 self._batches.add(image)
             elif image.reason is None:
                 self._ledger.known += 1
+                self._ledger.copies += image.key in self._claimed
 
     def _enter(self, image: Loaded) -> None:
         self._ledger.read += 1
@@ -203,15 +207,25 @@ class ShardLedger:
         ] + [Loaded(row, keys[row].tobytes(), damage=damage) for row, damage in damaged.items()]
 
     def close(self) -> None:
-        """Counts what was computed, each key once; everything else that could be read was known."""
+        """Counts what was computed, each key once; everything else that could be read was known, or a copy of it."""
         ledger = self._ledger
         rows = np.flatnonzero(self._kind)
         keys = np.ascontiguousarray(ledger.keys[rows]).view(f"S{KEY_BYTES}").ravel()
         first = rows[np.unique(keys, return_index=True)[1]]
         ledger.computed = len(first)
         ledger.known = self._plan.known + self._usable() - len(first)
+        ledger.copies = self._copies(keys, len(rows)) - len(first)
         for kind, code in self._kinds.items():
             ledger.columns.update(dict.fromkeys(kind, int((self._kind[first] == code).sum())))
+
+    def _copies(self, computed: npt.NDArray[Any], count: int) -> int:
+        """How many rows have one of the keys that were computed: ``count`` ones themselves, and those a worker saw as copies."""
+        ledger = self._ledger
+        others = self._plan.todo[(self._kind[self._plan.todo] == 0) & ledger.has_key[self._plan.todo]]
+        if not len(others) or not count:
+            return count
+        keys = np.ascontiguousarray(ledger.keys[others]).view(f"S{KEY_BYTES}").ravel()
+        return count + int(np.isin(keys, computed).sum())
 
     def _usable(self) -> int:
         """Rows that workers have dealt with and not rejected."""

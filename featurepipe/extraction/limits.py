@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from featurepipe.display import bytes_of, seconds_of, size
+from featurepipe.display import bytes_of, first_names, seconds_of, share, size
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
 from featurepipe.features.options import (
     DamageOptions,
@@ -24,12 +25,22 @@ from featurepipe.option_groups import OptionGroup, is_bytes, is_number, option
 
 ALL = "100%"
 """The share that puts up with a source that lists nothing."""
+GONE_IN_JOBS = "50%"
+"""The images that may be gone from a job's source where its file does not say."""
+_MANY_GONE = 0.1
+"""The share of the last snapshot's images that may go without a warning."""
 LOOK_EVERY = 1.0
 """Seconds between two looks at the free space."""
 
 
 LONGEST = 366 * 86_400
 """Seconds: no clock or timer of the system is asked for more."""
+
+
+class ImagesGone(SourceError):
+    """A source that lists no image, or lacks too many: an empty folder, or one on which a share is not mounted yet."""
+
+
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)(%?)")
 
 
@@ -79,6 +90,49 @@ def seconds_at_most(given: Any) -> float:
     return seconds
 
 
+@dataclass(frozen=True)
+class Losses:
+    """What a listing lacks of the last snapshot.
+
+    Attributes:
+        images: in the last snapshot.
+        gone: how many of their ids the listing lacks: deleted, or renamed.
+        labels: those that two images or more had and no image has any more, with how many had each.
+    """
+
+    images: int = 0
+    gone: int = 0
+    labels: Mapping[str, int] = field(default_factory=dict)
+
+    def warnings(self, max_gone: float | str | None) -> Iterator[Message]:
+        """Says that a tenth or more of the images are gone, or a label is, although ``max_gone`` allows it; else nothing."""
+        told: list[str] = []
+        if self.gone and self.gone >= _MANY_GONE * self.images:
+            told.append(f"{share(self.gone / self.images)} of the images are gone or renamed ({self})")
+        if self.labels:
+            names = [f"{name} (of {count:,} images)" for name, count in self.labels.items()]
+            told.append(f"no image has the label{'' if len(names) == 1 else 's'} {first_names(names, 5)} any more")
+        if told:
+            yield Message("; ".join(told), _allowing(max_gone))
+
+    def __str__(self) -> str:
+        """How many are gone."""
+        return f"{self.gone:,} of the {self.images:,} in the last snapshot"
+
+
+def _allowing(max_gone: float | str | None) -> Message:
+    """Why a run goes on although images are gone, and what would refuse it."""
+    if max_gone is None:
+        return Message(
+            ". Without ", Option("max_gone"), f" only an empty source is refused; jobs refuse more than {GONE_IN_JOBS}"
+        )
+    return Message(
+        ". ",
+        Option("max_gone", max_gone),
+        f" allows it (default of jobs: {GONE_IN_JOBS}); a smaller one refuses such runs",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RejectLimit(OptionGroup):
     """How many images may be unusable."""
@@ -107,27 +161,27 @@ class Limits(RejectLimit):
         None, "stop after so long, such as 90s, 30min or 6h; the next run goes on", metavar="TIME", read=seconds_at_most
     )
 
-    def check_gone(self, name: str, listed: int, before: int, gone: int) -> None:
+    def check_gone(self, name: str, listed: int, losses: Losses) -> None:
         """Refuses a listing that lacks too many images.
 
         Args:
             name: the source's.
             listed: images that it lists now.
-            before: images in the dataset's last snapshot.
-            gone: how many of those it no longer lists.
+            losses: what it lacks of the dataset's last snapshot.
 
         Raises:
-            SourceError: it does, or it is empty.
+            ImagesGone: it does, or it is empty.
         """
+        before, gone = losses.images, losses.gone
         all_may_go = str(self.max_gone).strip() == ALL
         if not listed and not all_may_go:
             text = f"no images in {name}: nothing there has the suffix of an image. Check the path"
             if not before:
-                raise SourceError(text)
+                raise ImagesGone(text)
             lost = f"{text}, though the last snapshot has {before:,}. If they are gone on purpose: "
-            raise SourceError(Message(lost, Option("max_gone", ALL)))
+            raise ImagesGone(Message(lost, Option("max_gone", ALL)))
         if self.max_gone is not None and gone > allowance(self.max_gone, before):
-            raise SourceError(
+            raise ImagesGone(
                 Message(
                     f"{gone:,} of the {before:,} images in the last snapshot are gone from {name}, more than ",
                     Option("max_gone", self.max_gone),

@@ -5,9 +5,9 @@ Every listed image is of exactly one kind. A rejected one is ``corrupted`` (it w
 key), ``relabelled`` (another label or split), ``touched`` (another size or time) or ``unchanged``, the first that fits. A
 usable one under a new id is judged by its key:
 
-- ``copied`` if the key is under an id that both snapshots list, in either of them;
-- ``moved`` if otherwise the last snapshot has it, under ids that are gone: as many new ids have moved as ids are gone, in
-  the listing's order, and the others are copies;
+- ``moved`` if the last snapshot has it under ids that are gone: as many new ids have moved as ids are gone, in the listing's
+  order, also where other ids with that key stay; the others are copies;
+- ``copied`` if otherwise the key is under an id that both snapshots list, in either of them;
 - ``new`` if no other image has or had it; of several new ids with one such key, the first is new and the others are copies.
 
 An id that is gone counts as ``deleted`` unless an image has moved from it. So the books balance: images listed before, less
@@ -282,6 +282,20 @@ def kinds_of(last: pa.Table | None, new: pa.Table) -> npt.NDArray[np.int8]:
     return kinds
 
 
+def still_rejected(last: pa.Table | None, new: pa.Table) -> set[str]:
+    """The ids of rejects that the last snapshot has as rejects, too, and whose bytes have not changed.
+
+    Args:
+        last: the dataset's last snapshot, or None.
+        new: the snapshot of now.
+    """
+    if last is None:
+        return set()
+    before, now = (table.select(["id", "key"]).filter(pa.array(~_usable(table))) for table in (last, new))
+    pairs = [set(zip(each["id"].to_pylist(), each["key"].to_pylist(), strict=True)) for each in (before, now)]
+    return {id_ for id_, _ in pairs[0] & pairs[1]}
+
+
 def _rows(table: pa.Table, rows: _Rows) -> pa.Table:
     """Some rows of what is judged; the table itself where those are all of them, in their order."""
     judged = table.select(_JUDGED)
@@ -326,8 +340,8 @@ def _kinds_of_fresh(last: pa.Table, new: pa.Table, before: _Rows, fresh: _Rows) 
     mine = keys.new[fresh]
     place = _occurrence(mine)
     return np.select(
-        [elsewhere[mine], place < gone[mine], (place == 0) & (gone[mine] == 0)],
-        [KINDS.index(name) for name in ("copied", "moved", "new")],
+        [place < gone[mine], elsewhere[mine], (place == 0) & (gone[mine] == 0)],
+        [KINDS.index(name) for name in ("moved", "copied", "new")],
         KINDS.index("copied"),
     ).astype(np.int8)
 

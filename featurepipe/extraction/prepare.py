@@ -18,7 +18,7 @@ from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor
-from featurepipe.extraction.limits import ExtractionOptions
+from featurepipe.extraction.limits import ExtractionOptions, Losses
 from featurepipe.extraction.plan import KeySet, MissingColumns, Plan, forgotten_of, make_plan
 from featurepipe.features.loader import StageSeconds
 from featurepipe.features.options import AUTO
@@ -57,12 +57,14 @@ class History:
         run_id: of that snapshot, or None.
         places: locations of the sources that the dataset was taken from since (and for) that snapshot, the latest first.
         fingerprints: of the feature spaces that its runs used, the latest first.
+        max_rejects: what the run of that snapshot allowed; None if no record tells.
     """
 
     snapshot: pa.Table | None = None
     run_id: str | None = None
     places: Sequence[str] = ()
     fingerprints: Sequence[str] = ()
+    max_rejects: float | str | None = None
 
     @classmethod
     def of(cls, store: FeatureStore | None, dataset: str) -> Self:
@@ -77,6 +79,9 @@ class History:
             run_id=last,
             places=[run["source"] for run in runs if "source" in run and run["run_id"] >= (last or "")],
             fingerprints=list(dict.fromkeys(run["fingerprint"] for run in runs)),
+            max_rejects=next(
+                ((run.get("options") or {}).get("max_rejects") for run in runs if run["run_id"] == last), None
+            ),
         )
 
     @property
@@ -124,6 +129,16 @@ class History:
             return 0
         return self.images - int(pc.sum(pc.is_in(self.snapshot["id"], listing["id"])).as_py() or 0)
 
+    def losses(self, listing: pa.Table) -> Losses:
+        """What a listing lacks of the last snapshot."""
+        if self.snapshot is None:
+            return Losses()
+        there = set(pc.unique(listing["label"]).to_pylist())
+        counts = pc.value_counts(self.snapshot["label"]).to_pylist()
+        labels = {one["values"]: one["counts"] for one in counts if one["counts"] > 1 and one["values"] not in there}
+        labels.pop(None, None)  # images without a label
+        return Losses(self.images, self.gone(listing), labels)
+
     def elsewhere(self, location: str) -> str | None:
         """The other place that the snapshot (or without one, a run) is from, so that its sizes and times mean nothing here."""
         places = self.places if self.snapshot is None else self.places[-1:]
@@ -145,7 +160,7 @@ class ExtractionSpec:
         why_new: why the space is a new one, or None.
         missing: what is still to be computed, by key.
         history: what the store remembers of the dataset.
-        gone: images of the last snapshot that the source no longer lists.
+        losses: what the source no longer lists of the last snapshot.
         forgotten: images that the source lists and that were left out, since they were forgotten.
         listing: what the source lists, ignores and guesses.
         clock: where the stages' time is added up.
@@ -161,7 +176,7 @@ class ExtractionSpec:
     missing: MissingColumns
     plan: Plan
     history: History
-    gone: int
+    losses: Losses
     forgotten: int
     listing: ListingSummary
     clock: StageSeconds
@@ -227,8 +242,8 @@ def prepare(
     history = History.of(store, name)
     listing = history.with_unreadable(listing)
     history = history.without_folders(listing)
-    gone = history.gone(listing)
-    options.check_gone(source.name, listing.num_rows, history.images, gone)
+    losses = history.losses(listing)
+    options.check_gone(source.name, listing.num_rows, losses)
 
     spaces = held_spaces(store, backbone, history, mirrored=options.mirrored)
     columns = _columns(backbone, spaces, options.nodes)
@@ -278,7 +293,7 @@ def prepare(
         missing=missing,
         plan=plan,
         history=history,
-        gone=gone,
+        losses=losses,
         forgotten=forgotten,
         listing=summary,
         clock=clock,

@@ -16,7 +16,7 @@ from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.errors import FeaturepipeError, Interrupted, Message, Option, StoreError, TooManyRejects
 from featurepipe.extraction.ledger import ExtractionLedger
 from featurepipe.extraction.limits import DiskFloor, allowance
-from featurepipe.extraction.plan import count_changes
+from featurepipe.extraction.plan import count_changes, still_rejected
 from featurepipe.extraction.prepare import ExtractionSpec
 from featurepipe.images import Source
 from featurepipe.images.regions import CLIPPED
@@ -47,11 +47,16 @@ class Run:
         """What the dataset is now; only for a run whose ledger is closed."""
         return snapshot_table(self.job.plan.listing, self.ledger)
 
+    @property
+    def warnings(self) -> list[Message]:
+        """What is odd about the listing."""
+        return list(self.job.losses.warnings(self.job.options.max_gone))
+
     def end(self, status: str, exit_code: int, **more: Any) -> dict[str, Any]:
         """Writes the run's record, and returns it."""
         facts = {"run_id": self.id, "command": self.command, "status": status, "exit_code": exit_code}
         times = {"started": self.started, "ended": records.now()}
-        record = {**facts, **times, **describe(self.job, self.ledger), **more}
+        record = {**facts, **times, **describe(self.job, self.ledger), "warnings": self.warnings, **more}
         self.store.write_run(record)
         return record
 
@@ -104,30 +109,53 @@ def publish(run: Run, asked: StopRequest, floor: DiskFloor) -> dict[str, Any]:
     if left and asked.out_of_time:
         return run.end("out of time", 0, left=left, changes=None)
     ledger.check()
-    _check_rejects(run)
+    warnings = [*run.warnings, *_check_rejects(run)]
     # Only a run that leaves a snapshot tells of changes: without one, the next run finds the same ones again.
     changes = count_changes(job.history.snapshot, run.snapshot)
     code = 3 if ledger.reasons else 0
-    run.end(PUBLISHING, code, changes=changes)  # a kill after the snapshot must not lose what it changed
+    run.end(
+        PUBLISHING, code, changes=changes, warnings=warnings
+    )  # a kill after the snapshot must not lose what it changed
     run.store.write_snapshot(job.dataset, run.id, run.snapshot)
-    return run.end("done", code, changes=changes)
+    return run.end("done", code, changes=changes, warnings=warnings)
 
 
-def _check_rejects(run: Run) -> None:
-    job, reasons = run.job, run.ledger.reasons
-    listed = job.plan.listing
-    if len(reasons) > allowance(job.options.max_rejects, listed.num_rows):
-        first = min(reasons)
-        raise TooManyRejects(
+def _check_rejects(run: Run) -> list[Message]:
+    """Refuses too many rejects; returns a warning of those that are too many only because the dataset has shrunk.
+
+    A share is of the images listed now. Where fewer are listed than before, it allows fewer rejects; those that the last
+    snapshot has already, with the same bytes and under the same limit, fail no run again as long as none comes in addition.
+    """
+    job, reasons, limit = run.job, run.ledger.reasons, run.job.options.max_rejects
+    listed, losses = job.plan.listing, job.losses
+    if len(reasons) <= allowance(limit, listed.num_rows):
+        return []
+    known = still_rejected(job.history.snapshot, run.snapshot)
+    new = [row for row in sorted(reasons) if listed["id"][row].as_py() not in known]
+    too_many = Message(
+        f"{len(reasons):,} of {listed.num_rows:,} images were rejected, more than ",
+        Option("max_rejects", limit),
+        " allows",
+    )
+    if not new and str(limit) == str(job.history.max_rejects):
+        return [
             Message(
-                f"{len(reasons):,} of {listed.num_rows:,} images were rejected, more than ",
-                Option("max_rejects", job.options.max_rejects),
-                f" allows; first: {listed['id'][first].as_py()}: {reasons[first]}. The features of all others are kept, but no "
-                "snapshot is written: the dataset stays as it was. To go on without these images: ",
-                Option("max_rejects", len(reasons)),
-                f". All reasons: {job.existing_space.path}/rejects.jsonl",
+                too_many, f"; the run goes on as all of them were rejected in the last snapshot, of {losses.images:,} images, "
+                "and passed the same limit. The next new one will fail it",
             )
+        ]  # fmt: skip
+    first = (new or sorted(reasons))[0]
+    before = "" if job.history.snapshot is None else f", {len(new):,} of them new or changed since the last snapshot"
+    gone = f"; {losses} are gone" if losses.gone else ""
+    raise TooManyRejects(
+        Message(
+            too_many,
+            f"{before}{gone}; first: {listed['id'][first].as_py()}: {reasons[first]}. The features of all others are kept, "
+            "but no snapshot is written: the dataset stays as it was. To go on without these images: ",
+            Option("max_rejects", len(reasons)),
+            f". All reasons: {job.existing_space.path}/rejects.jsonl",
         )
+    )
 
 
 def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
@@ -160,8 +188,10 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
             "rejected": len(ledger.reasons),
             "read": ledger.read,
         },
+        "copies": ledger.copies,
         "listing": job.listing.as_dict(),
-        "gone": job.gone,
+        "gone": job.losses.gone,
+        "lost_labels": dict(job.losses.labels),
         "forgotten": job.forgotten,
         "tried_again": ledger.tried_again,
         **remarked(ledger.remarks),

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from featurepipe.display import counted, size
+from featurepipe.display import counted, dealt_with, size
 from featurepipe.progress import duration
 
 _REJECTS_SHOWN = 5
@@ -17,8 +17,7 @@ def text(record: Mapping[str, Any]) -> str:
     """Sums up the run record that `featurepipe.extraction.extract.extract` returns."""
     counts, seconds = record["counts"], record["seconds"]
     lines = [
-        f"{record['dataset']}: {counts['listed']:,} images listed, {counts['computed']:,} computed, {counts['known']:,} known, "
-        f"{counts['rejected']:,} rejected",
+        f"{record['dataset']}: {counts['listed']:,} images listed, {dealt_with(counts, record.get('copies', 0))}",
     ]
     changes = [f"{count:,} {kind.replace('_', ' ')}" for kind, count in record.get("changes", {}).items() if count]
     if changes and changes != [f"{counts['listed']:,} unchanged"]:
@@ -42,6 +41,7 @@ def text(record: Mapping[str, Any]) -> str:
         lines += _workers(record)
         lines.append(record["verdict"])
     lines.append(f"space {record['space']}")
+    lines += [f"warning: {warning}" for warning in record.get("warnings", ())]
     if record.get("status") == "out of time":
         lines.append("out of time: what is computed is kept, there is no snapshot; the same command goes on")
     return "\n".join(lines)
@@ -93,7 +93,9 @@ def estimate_text(estimate: Mapping[str, Any]) -> str:
     """Sums up what ``extract(..., dry_run=True)`` returns."""
     lines = [
         f"{estimate['dataset']}: {estimate['listed']:,} images listed, {estimate['known']:,} known, {estimate['rejected']:,} "
-        f"rejected before, {estimate['to_read']:,} to read (at most {estimate['new']:,} new ones: copies are known once read)"
+        f"rejected before, {estimate['to_read']:,} to read (at most {estimate['new']:,} new ones: copies are known once read), "
+        f"{estimate['gone']:,} gone",
+        *(f"warning: {warning}" for warning in estimate["warnings"]),
     ]
     if estimate["images_per_second"]:
         lines.append(

@@ -23,7 +23,7 @@ from pydantic import (
 from featurepipe.curation.options import ChoiceOptions, DistanceOption, FarOptions, LookOptions, SuspectsOptions
 from featurepipe.errors import UsageError, unknown
 from featurepipe.execution.launchers import ClusterTable
-from featurepipe.extraction.limits import Limits, seconds_at_most
+from featurepipe.extraction.limits import GONE_IN_JOBS, Limits, seconds_at_most
 from featurepipe.features.options import DamageOptions, MachineOptions, NetworkOptions, SettingOptions, SourceOptions
 from featurepipe.layer_depth.options import ComparisonOptions
 from featurepipe.monitoring.options import ColumnsOption, NodeOption, ShiftOptions
@@ -205,7 +205,7 @@ class MachineTable(BaseTable, MachineOptions, frozen=True):
 class LimitsTable(BaseTable, DamageOptions, Limits, frozen=True):
     """``[limits]``: what a night may cost, and what makes it fail."""
 
-    max_gone: int | float | str = "50%"
+    max_gone: int | float | str = GONE_IN_JOBS
     """Images of the last snapshot that may be missing from this run's listing, a number or a share."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
     check_networks(job, first=True)
     if job.source.labels is not None:
         check_labels(job.source.labels)
-    source = JobSource(job, StopRequest())()
+    images = JobSource(job, StopRequest())
+    source = images()
     listing = ListingSummary.of(source.scan())
     say = announcer(silent=silent)
     for line in listing.lines(source.name):
@@ -83,15 +84,19 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
     if store is not None:
         check_dataset(job, file, store, dataset, source.location)
     estimates = []
+    labelled = LabelledSource(images, asked=job.source.labels is not None, roles=_roles_asked(job))
+    if job.source.labels is not None:
+        labelled.read(job.source.labels)
     for features in job.features:
         try:
             found = extract(
-                source, job.store, dataset=dataset, retry_rejects=retry_rejects, dry_run=True, silent=silent,
+                labelled(), job.store, dataset=dataset, retry_rejects=retry_rejects, dry_run=True, silent=silent,
                 **arguments(job, features),
             )  # fmt: skip
         except FeaturepipeError as error:
             error.args = error.spelled(keys_of("extract"))
             raise
+        found["warnings"] = [warning.spelled(keys_of("extract")) for warning in found["warnings"]]
         estimates.append({"backbone": features.backbone, "nodes": list(features.nodes), **found})
     seconds = [found["seconds"] for found in estimates]
     steps = [(step, *outlook(step.table, job.name)) for step in steps_of(job)]
@@ -178,6 +183,7 @@ _TOLD = (
     "space",
     "columns",
     "counts",
+    "copies",
     "changes",
     "computed_by_column",
     "images_per_second",
@@ -201,6 +207,7 @@ class Extractions:
         silent: whether extractions say nothing themselves.
         executor: who computes.
         before: the dataset's snapshot before this run, if there is one.
+        warned: what extractions have warned of: the next feature space, or try, says the same.
     """
 
     job: Job
@@ -210,6 +217,7 @@ class Extractions:
     silent: bool
     executor: ExecutorWhenNeeded = in_this_process
     before: str | None = None
+    warned: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         """Lists the source and computes what is new, space by space, until one ends in a way that the others would, too."""
@@ -260,7 +268,7 @@ class Extractions:
                 found.update(patience.insist(lambda: self._try(features, source, images)))
             except (UsageError, WeightsNotFound) as error:
                 raise in_its_table(error, self.job, place) from error
-            return {name: found[name] for name in _TOLD if name in found}
+            return {**{name: found[name] for name in _TOLD if name in found}, "warnings": self._warnings(found)}
 
         entry = self.record.attempt("extract", features.backbone, work)
         if found.get("status") == OUT_OF_TIME:
@@ -286,10 +294,20 @@ class Extractions:
             if isinstance(error, SourceError):
                 source.forget()
             record = getattr(error, "record", None)
-            self.record.extractions += [] if record is None else [record]
+            if record is not None:
+                self.record.extractions.append(record)
+                for text in self._warnings(record):
+                    self.record.warn(text)
             raise
         self.record.extractions.append(run)
         return run
+
+    def _warnings(self, run: Run) -> list[str]:
+        """What an extraction warns of and none of this night has, options spelled as a job file does."""
+        told = [text.spelled(keys_of("extract")) for text in run["warnings"]]
+        fresh = [text for text in told if text not in self.warned]
+        self.warned.update(fresh)
+        return fresh
 
 
 def arguments(job: Job, features: FeaturesTable) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def figures_of(extractions: Sequence[Run], *, listing: float, wall: float) -> di
     device = next((run["machine"]["device"] for run in extractions), "cpu")
     return {
         "counts": counts,
+        "copies": _copies(extractions),
         "counts_by_space": {run["space"]: _counts_of(run, extractions) for run in _last_tries(extractions)},
         "changes": next((run["changes"] for run in extractions if run.get("changes")), {}),
         "new_rejects": _new_rejects(extractions),
@@ -95,6 +96,14 @@ def _counts(extractions: Sequence[Run]) -> dict[str, int]:
     first = next(iter(done_ones(extractions) or extractions[-1:]), None)
     counts = dict.fromkeys(_COUNTED, 0) if first is None else _counts_of(first, extractions)
     return counts | {name: sum(int(run["counts"][name]) for run in extractions) for name in _SUMMED}
+
+
+def _copies(extractions: Sequence[Run]) -> int:
+    """Images known in the first feature space only as copies of what this night computed."""
+    first = next(iter(done_ones(extractions) or extractions[-1:]), None)
+    if first is None:
+        return 0
+    return sum(int(run.get("copies", 0)) for run in extractions if run["fingerprint"] == first["fingerprint"])
 
 
 def _counts_of(run: Run, extractions: Sequence[Run]) -> dict[str, int]:
@@ -244,6 +253,11 @@ class RunRecord:
         yield
         self._write_running()
 
+    def warn(self, text: str) -> None:
+        """Notes and says a warning of something that failed."""
+        self.notes.append(text)
+        self.log.warn(text)
+
     def not_reached(self, step: str, name: str, why: str) -> None:
         """Notes a step that was not begun."""
         self.steps.append({"step": step, "name": name, "status": NOT_REACHED, "seconds": 0.0, "result": {"why": why}})
@@ -330,6 +344,16 @@ class RunRecord:
         codes = [int(entry["exit_code"]) for entry in self.steps if entry["status"] == self.status]
         return next((code for code in codes if code != _TOO_MANY_REJECTS), _TOO_MANY_REJECTS)
 
+    def _figures(self) -> dict[str, Any]:
+        """The figures of the night; where no extraction began, images count as listed all the same."""
+        found = figures_of(self.extractions, listing=self.listing, wall=time.monotonic() - self._clock)
+        if not self.extractions:
+            listed = (
+                entry["result"]["listed"] for entry in self.steps if entry["step"] == "list" and entry["status"] == DONE
+            )
+            found["counts"]["listed"] = next(listed, 0)
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """The run record, plain JSON values."""
         return {
@@ -343,7 +367,7 @@ class RunRecord:
             "started": self._started,
             "ended": records.now(),
             "plan": plan_of(self.job, retry_rejects=self.retry_rejects),
-            **figures_of(self.extractions, listing=self.listing, wall=time.monotonic() - self._clock),
+            **self._figures(),
             "steps": list(self.steps),
             "extractions": [run["run_id"] for run in self.extractions],
             "store_bytes": self.disk.get("store_bytes"),

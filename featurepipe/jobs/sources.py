@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from featurepipe.annotations import column_named
 from featurepipe.display import counted
 from featurepipe.errors import Interrupted, Message, SourceError, unsearchable
-from featurepipe.extraction.limits import ALL
+from featurepipe.extraction.limits import ALL, ImagesGone
 from featurepipe.features.reading import opened
 from featurepipe.images import Source
 from featurepipe.images.listing import SCHEMA, told
@@ -31,8 +31,8 @@ T = TypeVar("T")
 Wait = Callable[[float, StopRequest], None]
 Meanwhile = Callable[[str], AbstractContextManager[object]]
 
-_RETRIES_OF_NOTHING = 1
-"""Most empty folders are that: a share that is being mounted has one more chance, and nobody waits for minutes."""
+_RETRIES_WHEN_GONE = 1
+"""A share that is being mounted has one more chance; images that are gone do not come back within minutes."""
 _DOUBLINGS = 40
 """After so many the wait is the longest one, whatever the first was; floats end at 1024."""
 _LOOK = 0.25
@@ -44,10 +44,6 @@ def wait(seconds: float, stop: StopRequest) -> None:
     until = time.monotonic() + seconds
     while not stop() and (left := until - time.monotonic()) > 0:
         time.sleep(min(left, _LOOK))
-
-
-class NothingListed(SourceError):
-    """A source without an image: an empty folder, or one on which a share is not mounted yet."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class RetryPolicy:
     def insist(self, attempt: Callable[[], T]) -> T:
         """Returns what ``attempt`` returns, and tries again while it raises `SourceError`; other errors do not heal.
 
-        Where nothing is listed, it tries once more only.
+        Where nothing is listed, or too much is gone, it tries once more only.
 
         Raises:
             SourceError: it failed at the last try too, or there is no time left.
@@ -88,7 +84,7 @@ class RetryPolicy:
                 tried += 1
 
     def _before_next(self, tried: int, error: SourceError) -> None:
-        retries = min(self.retries, _RETRIES_OF_NOTHING) if isinstance(error, NothingListed) else self.retries
+        retries = min(self.retries, _RETRIES_WHEN_GONE) if isinstance(error, ImagesGone) else self.retries
         if tried >= retries or self.stop.out_of_time:
             times = f" (tried {tried + 1} times)" if tried else ""
             raise SourceError(Message(error.message, times)) from error
@@ -181,9 +177,7 @@ class JobSource:
         except OSError as error:
             raise SourceError(f"{table.path}: {error}") from error
         if not listing.num_rows and self._job.limits.max_gone != ALL:  # an empty folder, on which no share is mounted
-            raise NothingListed(
-                f'{source.location} lists no image; if that is so on purpose: [limits] max_gone = "{ALL}"'
-            )
+            raise ImagesGone(f'{source.location} lists no image; if that is so on purpose: [limits] max_gone = "{ALL}"')
         return Listed(source, told(listing))
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from featurepipe.display import counted, size, table
+from featurepipe.display import counted, dealt_with, size, table
+from featurepipe.errors import TooManyRejects
 from featurepipe.progress import duration, spoken
 from featurepipe.records import RUNNING
 from featurepipe.store import FeatureStore
+from featurepipe.store.documents import PUBLISHING
 from featurepipe.store.snapshots import OK
 
 _KINDS = ("new", "changed", "moved", "copied", "relabelled", "touched", "corrupted", "repaired", "new_rejected",
@@ -87,7 +89,7 @@ def image_lines(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"{record.get('dataset') or '?'}: {counted(counts.get('listed', 0), 'image')} listed"
     if kinds or deleted:
         yield f"  {'; '.join([', '.join(kinds), *deleted] if kinds else deleted)}"
-    yield "  " + ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
+    yield f"  {dealt_with(counts, record.get('copies') or 0)}"
     for reject in record.get("new_rejects", ()):
         yield f"  rejected: {reject['id']}: {reject['reason']}"
     if counts.get("computed"):
@@ -120,7 +122,7 @@ def told(entry: Mapping[str, Any]) -> str:
         if text:
             return str(text)
     if "counts" in result:
-        return ", ".join(f"{result['counts'].get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
+        return dealt_with(result["counts"], result.get("copies") or 0)
     return counted(result["listed"], "image") if "listed" in result else ""
 
 
@@ -150,9 +152,13 @@ def _estimate(found: Mapping[str, Any]) -> Iterator[str]:
     nodes = ", ".join(found["nodes"])
     seen = found["to_read"] - found["new"]
     lacking = f", {seen:,} of them seen before but without these columns" if seen else ""
-    yield f"{found['backbone']} ({nodes}): {found['known']:,} known, {found['to_read']:,} to read{lacking}"
+    yield (
+        f"{found['backbone']} ({nodes}): {found['known']:,} known, {found['to_read']:,} to read{lacking}, "
+        f"{found['gone']:,} gone"
+    )
     if found["seconds"] is not None:
         yield f"  about {spoken(found['seconds'])}, {size(sum(found['bytes_per_column'].values()))}"
+    yield from (f"  warning: {warning}" for warning in found["warnings"])
 
 
 def minute(stamp: str) -> str:
@@ -164,7 +170,7 @@ Reject = dict[str, Any]
 
 
 def current_rejects(store: FeatureStore, dataset: str) -> list[Reject]:
-    """The rejects of a dataset's last snapshot.
+    """The rejects of a dataset's last snapshot, and of a later run that left none, as it failed on them or was stopped.
 
     Args:
         store: the feature store.
@@ -172,24 +178,74 @@ def current_rejects(store: FeatureStore, dataset: str) -> list[Reject]:
 
     Returns:
         JSON values, in the order of the snapshot: ``dataset``, ``id``, ``reason``, ``run``, the run that found these bytes
-        unusable (a job's, where one did), and ``since``, when that began; both None where no record is left of it.
+        unusable (a job's, where one did), and ``since``, when that began; both None where no record is left of it. If the
+        last run left no snapshot, ``last_run`` has its ``run``, ``status`` and ``rejected``, how many it counted.
     """
-    run_ids = store.snapshot_ids(dataset)
-    if not run_ids:
-        return []
-    snapshot = store.snapshot(dataset, run_ids[-1], columns=("id", "key", "status", "reason"))
-    rejected = [] if snapshot is None else snapshot.filter(pc.not_equal(snapshot["status"], OK)).to_pylist()
+    records = store.runs()
+    last = max(store.snapshot_ids(dataset), default="")
+    failed = _without_snapshot(records, dataset, last)
+    rejected = _rejected(store, dataset, last)
+    if failed is not None:
+        rejected = _also_rejected(rejected, store, dataset, last, failed)
     found = _found_by(store, dataset) if rejected else {}
-    runs = _whole_runs(store.runs())
+    runs = _whole_runs(records)
+    told = {} if failed is None else {"last_run": _told_of(failed, runs)}
     return [
         {
             "dataset": dataset,
             "id": row["id"],
             "reason": row["reason"],
             **_since(found.get((row["id"], row["key"])), runs),
+            **told,
         }
         for row in rejected
     ]
+
+
+def datasets_taken(store: FeatureStore) -> list[str]:
+    """The datasets of which there is a snapshot, or a run that left none."""
+    runs = (str(record["dataset"]) for record in store.runs() if "fingerprint" in record and record.get("dataset"))
+    return list(dict.fromkeys([*store.datasets(), *runs]))
+
+
+def _rejected(store: FeatureStore, dataset: str, run_id: str) -> list[Reject]:
+    """The rejects of a snapshot: ``id``, ``key``, ``reason``; none without one."""
+    snapshot = store.snapshot(dataset, run_id, columns=("id", "key", "status", "reason")) if run_id else None
+    return [] if snapshot is None else snapshot.filter(pc.not_equal(snapshot["status"], OK)).to_pylist()
+
+
+def _without_snapshot(records: Sequence[Mapping[str, Any]], dataset: str, last: str) -> Mapping[str, Any] | None:
+    """The dataset's last extraction, if it rejected images and left no snapshot."""
+    taken = [run for run in records if run.get("dataset") == dataset and "fingerprint" in run]
+    run = max(taken, key=lambda record: str(record["run_id"]), default=None)
+    if run is None or run["run_id"] <= last or run.get("status") in ("done", PUBLISHING):
+        return None
+    return run if (run.get("counts") or {}).get("rejected") else None
+
+
+def _also_rejected(
+    before: Sequence[Reject], store: FeatureStore, dataset: str, last: str, run: Mapping[str, Any]
+) -> list[Reject]:
+    """The rejects that a run without a snapshot saw.
+
+    Its record names the first; the store keeps each when it is found for the first time. So those of the last snapshot count,
+    and all found since, unless the record names all that a whole run saw.
+    """
+    keys = {
+        row["id"]: row
+        for space in store.spaces()
+        for row in space.rejects(dataset=dataset).select(["id", "key", "reason", "run_id"]).to_pylist()
+    }
+    named = [{"key": None, **keys.get(one["id"], {}), **one} for one in run.get("rejects") or ()]
+    if run.get("exit_code") == TooManyRejects.exit_code and len(named) == run["counts"]["rejected"]:
+        return named
+    since = [row for row in keys.values() if row["run_id"] > last]
+    return list({row["id"]: row for row in (*before, *since, *named)}.values())
+
+
+def _told_of(run: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> Reject:
+    whole = runs.get(run["run_id"], run)
+    return {"run": whole["run_id"], "status": run.get("status"), "rejected": run["counts"]["rejected"]}
 
 
 def _found_by(store: FeatureStore, dataset: str) -> dict[tuple[str, bytes | None], str]:
@@ -238,6 +294,7 @@ def rejects_text(rejects: Sequence[Mapping[str, Any]]) -> str:
     if not rejects:
         return "no image is rejected"
     several = len({reject["dataset"] for reject in rejects}) > 1
+    failed = {reject["dataset"]: reject["last_run"] for reject in rejects if "last_run" in reject}
     header = ["since (UTC)", "run", *(["dataset"] if several else []), "image", "reason"]
     rows = [
         [minute(reject["since"] or "?"), reject["run"] or "?", *([reject["dataset"]] if several else []), reject["id"],
@@ -246,7 +303,18 @@ def rejects_text(rejects: Sequence[Mapping[str, Any]]) -> str:
     ]  # fmt: skip
     left = len(rejects) - _LISTED
     more = [f"and {left:,} more; all of them: --json"] if left > 0 else []
-    return "\n".join([table(header, rows), *more])
+    return "\n".join([table(header, rows), *more, *(_of_failed(name, run, rejects) for name, run in failed.items())])
+
+
+def _of_failed(dataset: str, run: Mapping[str, Any], rejects: Sequence[Mapping[str, Any]]) -> str:
+    """Says which run the rejects are of that left no snapshot, and if it counted others than are named."""
+    named, counted_ones = sum(reject["dataset"] == dataset for reject in rejects), run["rejected"]
+    others = (
+        ""
+        if named == counted_ones
+        else f"; it counted {counted_ones:,}, and of the {named:,} above some may be mended or gone, or were not reached"
+    )
+    return f"{dataset}: as of run {run['run']}, which ended {run['status']} and left no snapshot{others}"
 
 
 def _head(record: Mapping[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from itertools import pairwise, takewhile
 from statistics import median
 from typing import Any
 
+from featurepipe.display import first_names
 from featurepipe.records import KILLED, RUNNING
 
 Night = Mapping[str, Any]
@@ -118,6 +119,7 @@ def next_steps(nights: Sequence[Mapping[str, Any]], newest: Mapping[str, Any], m
     return [
         *_after_failure(night, newest),
         *_after_delays(nights),
+        *_about_losses(night),
         *_about_rejects(night),
         *_about_drift(night),
         *_about_silence(nights, made),
@@ -152,6 +154,15 @@ def _after_delays(nights: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"The time did not suffice for {late} nights in a row: allow more of it ([limits] time_budget).{verdict}"
     elif late:
         yield "The time did not suffice; the next run goes on. There is nothing to do unless that happens every night."
+
+
+def _about_losses(night: Mapping[str, Any]) -> Iterator[str]:
+    labels = night.get("lost_labels") or ()
+    if labels:
+        yield (
+            f"No image has the label{'' if len(labels) == 1 else 's'} {first_names(list(labels), 5)} any more, so that heads "
+            "forget it. If that is not on purpose, put the images back, and let a smaller [limits] max_gone refuse such nights."
+        )
 
 
 def _about_rejects(night: Mapping[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featurepipe.display import share
+from featurepipe.display import dealt_with, share
 from featurepipe.errors import UsageError, unknown
 from featurepipe.monitoring.standing_warnings import prediction_tests, standing, told
 from featurepipe.records import host, is_success, now, versions
@@ -160,6 +160,8 @@ def _night(record: Record, extractions: Mapping[str, Record]) -> dict[str, Any]:
         "to_come": to_come(record, steps),
         "seconds": {"wall": seconds.get("wall"), "steps": _by_step(steps), "stages": _stages(seconds)},
         "store_bytes": record.get("store_bytes"),
+        "gone": first.get("gone"),
+        "lost_labels": first.get("lost_labels") or {},
         "reject_reasons": first.get("reject_reasons") or {},
         "rejects": first.get("rejects") or [],
         "drift": _drift(record),
@@ -187,7 +189,7 @@ def _counted(result: Record) -> str:
     """What the steps list and extract did, which leave no text."""
     counts = result.get("counts") or {}
     if "computed" in counts:
-        return ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
+        return dealt_with(counts, result.get("copies") or 0)
     return f"{result['listed']:,} images" if "listed" in result else ""
 
 

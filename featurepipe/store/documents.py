@@ -96,6 +96,7 @@ class _Result(_Document):
 
 class _CountedResult(_Result):
     counts: Counts = {}
+    copies: Number = 0
     labels: Counts = {}
 
 
@@ -213,6 +214,9 @@ class RunDocument(_Document):
     backbone: dict[str, Any] = {}
     columns: list[str] = []
     counts: Counts = {}
+    copies: Number = 0
+    gone: Number = 0
+    lost_labels: Counts = {}
     counts_by_space: dict[str, Counts] = {}
     changes: Counts | None = None
     computed_by_column: Counts = {}

@@ -29,6 +29,7 @@ from featurepipe.heads.bundle.files import (
     SEEN,
     WEIGHTS,
     check_bundle_target,
+    read_manifest,
 )
 from featurepipe.heads.statistics.metrics import score_table, untested_text
 from featurepipe.heads.statistics.multilabel import unmeasured_text
@@ -255,6 +256,7 @@ def publish(
         tuning: how the network itself was tuned, if it was.
         selection: which values the head was fitted on, if not on all.
     """
+    lost = classes_lost(target, task.classes)
     if selection is not None:
         head, task = selection.of_all_values(head), replace(task, features=selection.features)
     training = {
@@ -270,6 +272,7 @@ def publish(
         **({} if selection is None else {"selection": selection.as_dict()}),
         "search": search.as_dict() if search else None,
         "cluster": task.executor.describe_workers(),
+        **({"lost_classes": lost} if lost else {}),
         "when": now(),
         "seconds": round(seconds, 2),
         **({} if tuning is None else {"tuning": dict(tuning)}),
@@ -323,6 +326,20 @@ def publish(
         **({} if threshold is None else {"threshold": threshold}),
         "test": tested,
     }
+
+
+def classes_lost(target: Path, classes: Collection[str]) -> list[str]:
+    """The classes, or labels, that the bundle at ``target`` knows and one of ``classes`` will not; none if there is no bundle.
+
+    A bundle, or a new one, that estimates a number has no classes to lose.
+    """
+    if not classes or not os.path.lexists(target / MANIFEST):
+        return []
+    try:
+        known = read_manifest(target)["classes"]
+    except BundleError:  # which is replaced, and tells nothing
+        return []
+    return [str(name) for name in known if name not in classes]
 
 
 @contextmanager

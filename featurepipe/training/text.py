@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from featurepipe.display import counted, size, table
+from featurepipe.display import counted, first_names, size, table
 from featurepipe.heads.bundle.text import (
     interval_text,
     label_thresholds_text,
@@ -59,8 +60,19 @@ def train_text(found: Mapping[str, Any]) -> str:
     if "threshold" in found:
         lines.append(threshold_text(found["threshold"]))
     lines += tested_lines(found)
-    lines.append(f"bundle {found['bundle']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_bundle_lines(found)])
+
+
+def _bundle_lines(found: Mapping[str, Any]) -> list[str]:
+    warning = [f"warning: {replaced_text(found)}"] if found.get("lost_classes") else []
+    return [f"bundle {found['bundle']}", *warning]
+
+
+def replaced_text(found: Mapping[str, Any]) -> str:
+    """Says that a head took the place of one that knew more classes."""
+    lost = found["lost_classes"]
+    what = "class" if len(lost) == 1 else "classes"
+    return f"the head in {Path(found['bundle']).name} was replaced by one that no longer knows the {what} {first_names(lost, 5)}"
 
 
 def _cluster(found: Mapping[str, Any]) -> str:
@@ -208,7 +220,7 @@ def finetune_text(found: Mapping[str, Any]) -> str:
         *([] if tuning.get("scratch") else [mix_text(mixes, tuning["mix"], tuning["measure"])]),
         *tested_lines(found),
         *([found["stored_features"]["text"]] if "stored_features" in found else []),
-        f"bundle {found['bundle']}",
+        *_bundle_lines(found),
     ]
     return "\n".join(lines)
 

@@ -85,10 +85,12 @@ def test_a_run_on_workers_leaves_what_a_run_on_one_machine_leaves(
 ) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     alone, together = run(photos, here), run(photos, there, dask_executor)
-    for name in ("counts", "exit_code", "status", "rejects", "new_rejects", "reject_reasons", "changes", "computed_by_column",
+    for name in ("counts", "copies", "exit_code", "status", "rejects",
+                 "new_rejects", "reject_reasons", "changes", "computed_by_column",
                  "dataset", "space", "fingerprint", "settings", "columns", "source", "new_space"):  # fmt: skip
         assert together[name] == alone[name], name
     assert together["counts"] == {"listed": 90, "computed": 77, "known": 10, "rejected": 3, "read": 90}
+    assert together["copies"] == 10
     snapshots = [FeatureStore(store).snapshot("photos") for store in (here, there)]
     assert snapshots[0].equals(snapshots[1])
     same_features(here, there)

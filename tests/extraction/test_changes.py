@@ -58,11 +58,11 @@ def reference(last, new):
                 else "touched" if (then["size"], then["mtime_ns"]) != (now["size"], now["mtime_ns"])
                 else "unchanged"
             )  # fmt: skip
-        elif key in listed_twice:
+        elif to_move[key]:
+            kind = "moved"
+            to_move[key] -= 1
+        elif key in listed_twice or key in were_gone:
             kind = "copied"
-        elif key in were_gone:
-            kind = "moved" if to_move[key] else "copied"
-            to_move[key] -= to_move[key] > 0
         else:
             kind = "copied" if key in seen else "new"
             seen.add(key)
@@ -105,7 +105,9 @@ def test_an_image_under_its_old_id(then, now, kind):
         (None, [image("a"), image("b"), image("c")], {"new": 1, "copied": 2}),
         ([image("a")], [image("b")], {"moved": 1}),
         ([image("a")], [image("a"), image("b")], {"unchanged": 1, "copied": 1}),
-        ([image("a"), image("b")], [image("a"), image("c")], {"unchanged": 1, "copied": 1, "deleted": 1}),
+        ([image("a"), image("b")], [image("a"), image("c")], {"unchanged": 1, "moved": 1}),
+        ([image("a"), image("b")], [image("a"), image("c"), image("d")], {"unchanged": 1, "moved": 1, "copied": 1}),
+        ([image("a"), image("b"), image("c")], [image("a"), image("d")], {"unchanged": 1, "moved": 1, "deleted": 1}),
         ([image("a")], [image("b"), image("c")], {"moved": 1, "copied": 1}),
         ([image("a"), image("b")], [image("c"), image("d")], {"moved": 2}),
         ([image("a"), image("b")], [image("c")], {"moved": 1, "deleted": 1}),

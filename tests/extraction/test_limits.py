@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from featurepipe.errors import DiskFull, Interrupted, SourceError, UsageError
+from featurepipe.errors import DiskFull, Interrupted, SourceError, UsageError, in_python
 from featurepipe.extraction import limits
 from featurepipe.extraction.extract import extract
-from featurepipe.extraction.limits import Limits
+from featurepipe.extraction.limits import Limits, Losses
+from featurepipe.extraction.text import estimate_text, text
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore, verify_store
@@ -66,6 +67,42 @@ def test_as_many_gone_as_allowed_are_no_reason_to_refuse(album, run):
     for number in range(4):
         (album.root / f"{number:03d}.png").unlink()
     assert run(album.root, max_gone="40%")["gone"] == 4
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        (Losses(), []),
+        (Losses(100, 9), []),
+        (Losses(100, 10), ["10.0 % of the images are gone or renamed (10 of the 100 in the last snapshot)"]),
+        (
+            Losses(100, 2, {"cat": 2, "dog": 5}),
+            ["no image has the labels cat (of 2 images), dog (of 5 images) any more"],
+        ),
+    ],
+)
+def test_many_that_are_gone_and_labels_that_are_make_a_warning(losses, told):
+    found = [warning.spelled(in_python) for warning in losses.warnings("40%")]
+    allowed = ". max_gone='40%' allows it (default of jobs: 50%); a smaller one refuses such runs"
+    assert found == [text + allowed for text in told]
+
+
+def test_a_label_is_lost_with_the_last_of_its_images_though_few_are_gone(album, run):
+    album.fill(27, pattern="cat/{}.png")
+    album.fill(2, first=30, pattern="dog/{}.png")
+    album.fill(1, first=40, pattern="bird/{}.png")
+    run(album.root)
+    for name in ("cat/3.png", "dog/30.png", "bird/40.png"):
+        (album.root / name).unlink()
+    assert run(album.root, dry_run=True)["lost_labels"] == {}  # one bird taught nothing
+    (album.root / "dog" / "31.png").unlink()
+    estimate = run(album.root, dry_run=True)
+    record = run(album.root)
+    for found in (estimate, record):
+        assert (found["gone"], found["lost_labels"]) == (4, {"dog": 2})
+        assert "the label dog (of 2 images) any more. Without --max-gone only an empty" in found["warnings"][0]
+    assert "0 to read (at most 0 new ones: copies are known once read), 4 gone" in estimate_text(estimate)
+    assert "warning: 13.3 % of the images are gone or renamed (4 of the 30 in the last snapshot)" in text(record)
 
 
 @pytest.mark.parametrize("max_gone", [None, "99%", 3, "50%"])

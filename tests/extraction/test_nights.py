@@ -235,8 +235,8 @@ class Pile:
         if name in self.bad:
             kinds = ["repaired", "still_rejected", "deleted"]
         else:
-            # Of two copies one that is renamed is a copy of the other.
-            kinds = ["touched", "changed", "corrupted", "deleted", "copied"] + ["moved"] * (name not in self.twins)
+            # Of two copies one that goes while the other is copied has moved.
+            kinds = ["touched", "changed", "corrupted", "copied", "moved"] + ["deleted"] * (name not in self.twins)
         kind = self.random.choice(kinds)
         if kind in ("repaired", "changed"):
             self._write(name, self._new_picture(), kind)
@@ -259,7 +259,8 @@ class Pile:
     def _take_away(self, path, kind):
         self.bad.discard(path.name)
         if kind == "moved":
-            path.rename(self.album.root / f"moved-{next(self.numbers)}.png")
+            moved = path.rename(self.album.root / f"moved-{next(self.numbers)}.png")
+            self.twins |= {moved.name} if path.name in self.twins else set()
         else:
             path.unlink()
         self.expected[kind] += 1

@@ -109,6 +109,30 @@ def test_max_rejects_as_a_share_counts_inclusively(album, run, bad):
     assert "003-truncated.png: truncated: " in message
 
 
+def test_known_rejects_fail_no_run_because_others_have_gone(album, run, bad):
+    """6 of 26 images are 23 %; of the 16 that are left they are more, until a new one comes."""
+    run(album.root, max_rejects="25%")
+    for number in range(10):
+        (album.root / f"{number + 10:03d}.png").unlink()
+    for _ in range(2):  # the next run sees nothing but the smaller snapshot
+        record = run(album.root, max_rejects="25%")
+        assert (record["exit_code"], record["counts"]["listed"], record["counts"]["rejected"]) == (3, 16, 6)
+        assert (
+            "6 of 16 images were rejected, more than --max-rejects 25% allows; the run goes on"
+            in record["warnings"][-1]
+        )
+    with pytest.raises(TooManyRejects, match="0 of them new or changed"):  # the user asks for less
+        run(album.root, max_rejects="24%")
+    album.write("015-new.png", b"no picture")
+    album.write("009-text.jpg", b"other text")
+    (album.root / "000.png").unlink()
+    with pytest.raises(TooManyRejects) as caught:
+        run(album.root, max_rejects="25%")
+    message = str(caught.value)
+    assert "7 of 16 images were rejected, more than max_rejects='25%' allows, 2 of them new or changed" in message
+    assert "; 1 of the 16 in the last snapshot are gone; first: 009-text.jpg: " in message
+
+
 def test_features_of_a_failed_run_are_kept(album, run, bad):
     with pytest.raises(TooManyRejects):
         run(album.root)

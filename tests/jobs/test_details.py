@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 
 import featurepipe as fp
-from featurepipe.jobs.text import current_rejects, details_text, rejects_text
+from featurepipe.jobs.text import current_rejects, datasets_taken, details_text, rejects_text
 
 
 def extractions(pile, record):
@@ -81,6 +81,37 @@ def test_rejects_since_the_run_that_found_them(pile):
     pile.run()
     assert current_rejects(pile.store, "pile") == []
     assert rejects_text([]) == "no image is rejected"
+
+
+def test_rejects_of_a_night_that_failed_on_them(pile):
+    """The first night leaves no snapshot; a later one that fails, too, shows what it saw, and no more."""
+    pile.fill(3)
+    for number in range(2):
+        pile.write(f"bad{number}.png", b"no picture %d" % number)
+    runs = [pile.run()["run_id"]]
+    assert datasets_taken(pile.store) == ["pile"]
+    for _ in range(2):  # those that were known already, too
+        found = current_rejects(pile.store, "pile")
+        assert [(one["id"], one["run"]) for one in found] == [("bad0.png", runs[0]), ("bad1.png", runs[0])]
+        assert {one["reason"].partition(":")[0] for one in found} == {"not-an-image"}
+        assert [one["last_run"] for one in found] == 2 * [{"run": runs[-1], "status": "failed", "rejected": 2}]
+        last = rejects_text(found).splitlines()[-1]
+        assert last == f"pile: as of run {runs[-1]}, which ended failed and left no snapshot"
+        runs.append(pile.run()["run_id"])
+    for number in range(2, 24):  # more than a record names
+        pile.write(f"bad{number}.png", b"no picture %d" % number)
+    pile.run()
+    assert {one["id"] for one in current_rejects(pile.store, "pile")} == {f"bad{number}.png" for number in range(24)}
+    (pile.root / "bad3.png").unlink()
+    pile.run()
+    told = rejects_text(current_rejects(pile.store, "pile")).splitlines()[-1]
+    assert told.endswith(
+        "no snapshot; it counted 23, and of the 24 above some may be mended or gone, or were not reached"
+    )
+    pile.job('[limits]\nmax_rejects = "100%"')
+    pile.run()
+    found = current_rejects(pile.store, "pile")
+    assert ({one["id"] for one in found} & {"bad3.png"}, len(found), "last_run" in found[0]) == (set(), 23, False)
 
 
 def test_many_rejects_of_several_datasets():

@@ -23,7 +23,8 @@ from featurepipe.jobs.job import KeepTable
 from featurepipe.jobs.lock import job_lock
 from featurepipe.jobs.record import git_commit
 from featurepipe.jobs.sources import RetryPolicy, wait
-from featurepipe.jobs.text import runs_text
+from featurepipe.jobs.text import plan_text, runs_text, summary_text
+from featurepipe.reporting.nights import nights_document
 
 NAMES = ("train", "predict", "drift", "depth", "compact", "keep", "report", "metrics")
 ALL_STEPS = """
@@ -588,8 +589,47 @@ def test_a_far_shorter_listing_is_refused(pile):
     record = pile.run()
     assert (record["status"], statuses(record)["extract"]) == ("failed", "failed")
     assert "6 of the 10 images" in record["steps"][1]["error"]
+    assert record["counts"]["listed"] == 4
+    assert "pile: 4 images listed" in summary_text(record)
     pile.job('[limits]\nmax_gone = "60%"')
     assert pile.run()["changes"]["deleted"] == 6
+
+
+def test_a_label_that_vanishes_is_a_warning_everywhere(pile, tmp_path):
+    for folder, first in (("cat/", 0), ("dog/", 10)):
+        pile.fill(4, first, folder)
+    pile.run()
+    (pile.root / "dog").rename(tmp_path / "away")
+    told = (
+        "50.0 % of the images are gone or renamed (4 of the 8 in the last snapshot); no image has the label dog (of 4 images) "
+        'any more. [limits] max_gone = "50%" allows it (default of jobs: 50%); a smaller one refuses such runs'
+    )
+    plan = pile.run(dry_run=True)
+    assert plan["features"][0]["warnings"] == [told]
+    assert "0 to read, 4 gone\n" in plan_text(plan)
+    record = pile.run()
+    assert (record["status"], record["warnings"]) == ("done", [told])
+    assert f"warning: {told}" in summary_text(record)
+    document = nights_document(pile.store)
+    assert document["nights"][-1]["warnings"] == [told]
+    assert "No image has the label dog any more, so that heads forget it." in document["next_steps"][0]
+    assert pile.run()["warnings"] == []  # nothing more has gone
+
+
+def test_a_night_that_fails_on_rejects_says_what_is_gone_as_well(pile):
+    pile.fill(8)
+    pile.run()
+    (pile.root / "003.png").unlink()
+    pile.write("bad.png", b"no picture")
+    record = pile.run()
+    assert record["exit_code"] == 4
+    assert (
+        ", 1 of them new or changed since the last snapshot; 1 of the 8 in the last snapshot are gone;"
+        in record["steps"][1]["error"]
+    )
+    assert record["warnings"][0].startswith(
+        "12.5 % of the images are gone or renamed (1 of the 8 in the last snapshot). [lim"
+    )
 
 
 def test_one_space_that_fails_leaves_the_others(pile):

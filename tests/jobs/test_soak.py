@@ -171,7 +171,7 @@ def expected_changes(before: dict[str, File], now: dict[str, File]) -> Counter[s
     for digest, times in arrived.items():
         were = {name for name, file in before.items() if file.digest == digest and file.readable}
         stayed = any(name in before and file.digest == digest for name, file in now.items()) or bool(were - left)
-        moved = 0 if stayed else min(times, len(were))
+        moved = min(times, len(were & left))
         new = 0 if stayed or were else 1
         counts.update({"moved": moved, "new": new, "copied": times - moved - new})
         counts["deleted"] -= moved

@@ -127,8 +127,14 @@ def test_train_takes_the_tables_labels_then_the_sources(nights, rows, learn, tmp
     night = nights.begin(rows, source={"labels": "source.csv"})
     steps.train(night, learn)
     assert read_bundle(learn.out).classes == ("old-cat", "old-dog", "old-emu")
-    steps.train(night, learn.model_copy(update={"labels": tmp_path / "own.csv"}))
+    found = steps.train(night, learn.model_copy(update={"labels": tmp_path / "own.csv"}))
     assert read_bundle(learn.out).classes == ("new-cat", "new-dog", "new-emu")
+    told = "the head in bundle was replaced by one that no longer knows the classes old-cat, old-dog, old-emu"
+    assert (found["warnings"], found["lost_classes"]) == ([told], ["old-cat", "old-dog", "old-emu"])
+    assert read_bundle(learn.out).training["lost_classes"] == found["lost_classes"]
+    again = steps.train(night, learn.model_copy(update={"labels": tmp_path / "own.csv", "when": "always"}))
+    assert again["warnings"] == []
+    assert "lost_classes" not in again
 
 
 def test_train_that_fails_or_has_no_time_leaves_the_bundle(nights, rows, learn, monkeypatch):

@@ -101,16 +101,19 @@ def test_runs_are_a_table_of_all_kinds(record):
 
 def test_a_plan_says_what_would_be_done_and_what_is_not_known():
     found = {"backbone": "resnet50", "nodes": ["layer3", "bottleneck"], "known": 90, "to_read": 10, "new": 8,
-             "seconds": 12.0, "bytes_per_column": {"layer3:gap": 1000, "bottleneck:gap": 1500}}  # fmt: skip
+             "seconds": 12.0, "bytes_per_column": {"layer3:gap": 1000, "bottleneck:gap": 1500}, "gone": 3,
+             "warnings": ["odd"]}  # fmt: skip
     steps = [{"step": "train", "name": "logistic", "runs": None, "why": "if labels changed"},
              {"step": "compact", "name": "", "runs": True, "why": "always"}]  # fmt: skip
     plan = {"job": "nightly", "listed": 100, "source": "photos/", "dataset": "photos", "store": "features", "cluster": None,
             "features": [found, {**found, "seconds": None}], "seconds": None, "bytes": 5000, "steps": steps}  # fmt: skip
     assert plan_text(plan).splitlines() == [
         "nightly: 100 images in photos/, dataset photos of features",
-        "resnet50 (layer3, bottleneck): 90 known, 10 to read, 2 of them seen before but without these columns",
+        "resnet50 (layer3, bottleneck): 90 known, 10 to read, 2 of them seen before but without these columns, 3 gone",
         "  about 12 s, 2.5 kB",
-        "resnet50 (layer3, bottleneck): 90 known, 10 to read, 2 of them seen before but without these columns",
+        "  warning: odd",
+        "resnet50 (layer3, bottleneck): 90 known, 10 to read, 2 of them seen before but without these columns, 3 gone",
+        "  warning: odd",
         "in all an unknown time, 5.0 kB",
         "",
         "step            runs     why",
@@ -118,7 +121,7 @@ def test_a_plan_says_what_would_be_done_and_what_is_not_known():
         "compact         yes      always",
         "dry run: nothing was changed",
     ]
-    there = plan_text({**plan, "cluster": "slurm, 4 workers"}).splitlines()[4]
+    there = plan_text({**plan, "cluster": "slurm, 4 workers"}).splitlines()[6]
     assert there == "computed by a cluster (slurm, 4 workers), which is not asked now: times are those of this machine"
     quick = {**plan, "features": [found], "seconds": 12.0, "steps": []}
     assert plan_text(quick).splitlines()[-2:] == ["in all about 12 s, 5.0 kB", "dry run: nothing was changed"]

@@ -82,11 +82,14 @@ def own_weights(night: Night) -> dict[str, str]:
 
 def _told(found: dict[str, Any]) -> dict[str, Any]:
     """What the run record keeps of a training; the bundle keeps all of it."""
-    names = ("bundle", "backbone", "columns", "head", "params", "counts", "why", "seconds")
+    from featurepipe.training.text import replaced_text
+
+    names = ("bundle", "backbone", "columns", "head", "params", "counts", "why", "seconds", "lost_classes")
     what = "with a number" if "target" in found else f"of {len(found['classes']):,} classes"
     what = f"with {counted(len(found['multilabel']), 'label')}" if "multilabel" in found else what
     images = f"{counted(found['counts']['train'], 'image')} {what}"
     told = {name: found[name] for name in names if name in found}
+    told["warnings"] = [replaced_text(found)] if found.get("lost_classes") else []
     if not found["test"]:
         return {**told, "text": f"trained on {images}; no test images"}
     if "multilabel" in found:
