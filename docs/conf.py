@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin
 
 from docutils import nodes
 from myst_parser.parsers.sphinx_ import MystParser
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -19,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from featurepipe import __version__  # noqa: E402  # of this checkout
 from featurepipe.cli.parser import COMMANDS, EXIT_CODES, build_parser  # noqa: E402
+from featurepipe.jobs.job import Job  # noqa: E402
 
 project = "featurepipe"
 author = "the featurepipe authors"
@@ -110,6 +114,58 @@ class Commands(SphinxDirective):
         return section
 
 
+class JobKeys(SphinxDirective):
+    """All keys of a job file with their defaults, as its tables declare them: ``featurepipe-job-keys``."""
+
+    has_content: ClassVar[bool] = False
+
+    def run(self) -> list[nodes.Node]:
+        """Returns a section for the keys outside tables, and one for each table."""
+        found = []
+        for title, keys in _job_keys().items():
+            name = nodes.make_id(f"table-{title}")
+            section = nodes.section("", nodes.title(text=title), ids=[name], names=[name])
+            self.state.document.note_explicit_target(section)
+            listed = nodes.definition_list()
+            for key, default, text in keys:
+                term = nodes.term("", "", nodes.literal(text=key), nodes.Text(f" {default}"))
+                listed += nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text=text)))
+            section += listed if keys else nodes.paragraph(text="It has no keys.")
+            found.append(section)
+        return found
+
+
+def _job_keys() -> dict[str, list[tuple[str, str, str]]]:
+    """Of each table of a job file, in the order of the file, its keys with default and meaning."""
+    top = "Before the first table"
+    found: dict[str, list[tuple[str, str, str]]] = {top: []}
+    for name, field in Job.model_fields.items():
+        table = next((kind for kind in _classes_in(field.annotation) if issubclass(kind, BaseModel)), None)
+        if table is None:
+            found[top].append(_key(name, field))
+        else:
+            title = f"[[{name}]]" if get_origin(field.annotation) is tuple else f"[{name}]"
+            found[title] = [_key(*key) for key in table.model_fields.items()]
+    return found
+
+
+def _key(name: str, field: FieldInfo) -> tuple[str, str, str]:
+    """A key, its default as a job file writes it, and its meaning, without the default that the command has."""
+    value = None if field.is_required() else field.get_default(call_default_factory=True)
+    text = field.description or ""
+    if value is None or value in ((), {}):
+        return name, "(must be given)" if field.is_required() else "(no default)", text
+    return name, f"= {json.dumps(value)}", re.sub(r" \(default: [^()]*\)", "", text)
+
+
+def _classes_in(annotation: Any) -> Iterator[type]:
+    """The classes that a type is made of, such as those of ``tuple[TrainTable, ...]``."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        yield annotation
+    for part in get_args(annotation):
+        yield from _classes_in(part)
+
+
 class Notebooks(MystParser):
     """A notebook as a page: its text, its code, and the outputs that it has stored."""
 
@@ -142,7 +198,8 @@ def _output(kind: str, text: str) -> str:
 
 
 def setup(app: Sphinx) -> None:
-    """Adds the directive, and notebooks as a kind of page."""
+    """Adds the directives, and notebooks as a kind of page."""
     app.add_directive("featurepipe-commands", Commands)
+    app.add_directive("featurepipe-job-keys", JobKeys)
     app.add_source_suffix(".ipynb", "notebook")
     app.add_source_parser(Notebooks)

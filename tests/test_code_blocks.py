@@ -138,6 +138,8 @@ def test_a_misspelt_command_line_would_be_found() -> None:
 @pytest.mark.parametrize("page", with_blocks("toml"))
 def test_tables_are_valid(page: Path, tmp_path: Path) -> None:
     """A block is a job, or some tables to add to one; a table of a cluster may be a file of its own."""
+    (tmp_path / "nightly-bundle").mkdir()
+    (tmp_path / "nightly-bundle" / "bundle.json").touch()  # of another job, or of an earlier run
     for number, block in enumerate(blocks(page, "toml")):
         file = tmp_path / f"job{number}.toml"
         file.write_text(block if "[source]" in block else MINIMAL_JOB + block, encoding="utf-8")

@@ -14,54 +14,97 @@ from typing import Any
 import pytest
 
 SCHEDULE = Path(__file__).parents[1] / "pipelines" / "schedule"
+PACKAGE = Path(__file__).parents[1] / "featurepipe"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
 @pytest.mark.parametrize("spoilt", ["", "ExecStart", "OnCalendar"])
 def test_systemd_accepts_the_units(tmp_path: Path, spoilt: str) -> None:
     """Also that the check finds what is wrong: a program that is not there, a time that is none."""
-    service = (SCHEDULE / "featurepipe-nightly.service").read_text()
-    timer = (SCHEDULE / "featurepipe-nightly.timer").read_text()
-    program = "/nowhere/featurepipe" if spoilt == "ExecStart" else sys.executable
-    service = re.sub(r"^ExecStart=\S+", f"ExecStart={program}", service, flags=re.MULTILINE)
-    timer = timer.replace("02:00:00", "26:00:00") if spoilt == "OnCalendar" else timer
-    units = [tmp_path / "featurepipe-nightly.service", tmp_path / "featurepipe-nightly.timer"]
-    for unit, text in zip(units, (service, timer), strict=True):
-        unit.write_text(text)
+    units = []
+    for file in sorted(SCHEDULE.glob("featurepipe-*.[st][ei][rm]*")):
+        text = file.read_text()
+        program = "/nowhere/featurepipe" if spoilt == "ExecStart" else sys.executable
+        text = re.sub(r"^ExecStart=/opt/\S+", f"ExecStart={program}", text, flags=re.MULTILINE)
+        units.append(tmp_path / file.name)
+        units[-1].write_text(text.replace(" 02:00:00", " 26:00:00") if spoilt == "OnCalendar" else text)
+    assert len(units) == 5
     command = ["systemd-analyze", "--man=no", "verify", *map(str, units)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    complaints = [line for line in done.stderr.splitlines() if "featurepipe-nightly" in line]
+    complaints = [line for line in done.stderr.splitlines() if "featurepipe-" in line]
     assert bool(complaints) == bool(spoilt), done.stderr
 
 
-def test_the_crontab_has_five_fields_and_a_command() -> None:
+def cron_lines() -> list[tuple[str, str]]:
+    """When each line of the crontab is due, and its command."""
     lines = [line for line in (SCHEDULE / "featurepipe.crontab").read_text().splitlines() if re.match(r"[\d*]", line)]
-    [line] = lines
-    minute, hour, day, month, weekday, command = line.split(None, 5)
-    assert int(minute) in range(60)
-    assert int(hour) in range(24)
-    assert (day, month, weekday) == ("*", "*", "*")
-    assert "%" not in command  # cron takes it for the end of the line
-    assert "featurepipe run nightly.toml" in command
+    return [(" ".join(fields[:5]), fields[5]) for fields in (line.split(None, 5) for line in lines)]
 
 
-def cron_job() -> Any:
+def test_the_crontab_has_five_fields_and_a_command() -> None:
+    (nightly, run), (weekly, verify), (monthly, clean) = cron_lines()
+    assert (nightly, weekly, monthly) == ("0 2 * * *", "0 12 * * 0", "0 1 1 * *")
+    assert "featurepipe run nightly.toml " in run
+    assert "featurepipe verify out/features " in verify
+    assert not {command for command in (run, verify, clean) if "%" in command}  # cron takes it for the end of the line
+
+
+@pytest.mark.parametrize(("line", "code", "told"), [
+    (0, 0, False), (0, 3, False), (0, 75, False), (0, 1, True), (0, 2, True), (0, 4, True), (0, 143, True), (1, 0, False),
+    (1, 1, True),
+])  # fmt: skip
+def test_cron_mails_failures_and_nothing_else(tmp_path: Path, line: int, code: int, told: bool) -> None:
+    """What cron would mail is what the line prints, run by sh as cron does."""
+    program = tmp_path / "featurepipe"
+    program.write_text(f"#!/bin/sh\necho said $1; echo warned >&2; exit {code}\n")
+    program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PLACE": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "-c", cron_lines()[line][1]], env=environment, capture_output=True, text=True, check=False
+    )
+    what = ("run", "verify")[line]
+    assert bool(done.stdout) == told
+    assert done.stderr == ""
+    if told:
+        assert f": exit code {code}; the end of {tmp_path}/logs/" in done.stdout
+        assert done.stdout.endswith(f"said {what}\nwarned\n")
+        assert done.returncode == code
+    (log,) = (tmp_path / "logs").iterdir()
+    assert log.read_text() == f"said {what}\nwarned\n"
+
+
+def test_alerts_are_of_figures_that_there_are() -> None:
     yaml = pytest.importorskip("yaml")
-    return yaml.safe_load((SCHEDULE / "featurepipe-cronjob.yaml").read_text())
+    (group,) = yaml.safe_load((SCHEDULE / "featurepipe-alerts.yaml").read_text())["groups"]
+    rules = "\n".join(rule["expr"] for rule in group["rules"])
+    sources = "".join((PACKAGE / name).read_text() for name in ("jobs/prometheus.py", "extraction/plan.py"))
+    figures = re.findall(r"featurepipe_(\w+)", rules)
+    values = re.findall(r'=~?"([^"]+)"', rules)
+    assert len(set(figures)) >= 7
+    assert [name for name in figures if f'{name}"' not in sources] == []
+    values = {one for value in values for one in value.split("|")} - {"listed"}
+    assert values == {"failed", "deleted", "corrupted", "new_rejected"}
+    assert [value for value in values if f'"{value}"' not in sources] == []
 
 
-def test_kubernetes_schema_accepts_the_cron_job() -> None:
+def cron_jobs() -> list[Any]:
+    yaml = pytest.importorskip("yaml")
+    return list(yaml.safe_load_all((SCHEDULE / "featurepipe-cronjob.yaml").read_text()))
+
+
+def test_kubernetes_schema_accepts_the_cron_jobs() -> None:
     schemas = pytest.importorskip("kubernetes_validate")
-    job = cron_job()
-    schemas.validate(job, schemas.latest_version(), strict=True)
-    job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["restartPolicies"] = "Never"
-    with pytest.raises(schemas.ValidationError):
+    jobs = cron_jobs()
+    for job in jobs:
         schemas.validate(job, schemas.latest_version(), strict=True)
+    jobs[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["restartPolicies"] = "Never"
+    with pytest.raises(schemas.ValidationError):
+        schemas.validate(jobs[0], schemas.latest_version(), strict=True)
 
 
 def container_script() -> str:
     """What the container's shell runs, the night replaced by ``$NIGHT``."""
-    [container] = cron_job()["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    [container] = cron_jobs()[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     [script] = container["args"]
     night = re.compile(r"^featurepipe run \S+ --log-format json &", re.MULTILINE)
     assert len(night.findall(script)) == 1

@@ -131,7 +131,7 @@ def forget(args: Namespace) -> int:
     from featurepipe.curation.options import ForgetOptions
 
     ids = [*(ids_of(args.ids) if args.ids is not None else ()), *args.id]
-    told = remove(existing_store(args), ids, **options(args, ForgetOptions))
+    told = remove(existing_store(args), ids, request=args.ids, **options(args, ForgetOptions))
     show(args, told, lambda found: forget_text(displayed_values(found)))
     return 1 if told["left"] else 0
 

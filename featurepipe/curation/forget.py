@@ -45,6 +45,7 @@ def forget(
     look_in: Iterable[str | PathLike[str]] | None = None,
     may_come_back: bool = False,
     dry_run: bool = False,
+    request: str | PathLike[str] | None = None,
     silent: bool = False,
 ) -> dict[str, Any]:
     """Removes images from a store, proves it by reading the store back, and lists what elsewhere was made of them.
@@ -60,6 +61,8 @@ def forget(
             the store's run records name.
         may_come_back: Let the next extraction compute the images if the source still has them.
         dry_run: Only say what would go, and what depends on it.
+        request: The file that the ids were read from, which is not among what depends on them; by default ``ids``, if that is
+            one.
         silent: Say nothing on the way.
 
     Returns:
@@ -85,10 +88,10 @@ def forget(
     say = announcer(silent=silent)
     found: list[dict[str, Any]] = []
     free: list[str] = []
-    request = Path(ids).resolve() if isinstance(ids, str | PathLike) else None
+    asked_by = ids if request is None and isinstance(ids, str | PathLike) else request
 
     def look(order: Removal) -> None:
-        holding, others = dependents(target, order, places, say, request)
+        holding, others = dependents(target, order, places, say, None if asked_by is None else Path(asked_by).resolve())
         found.extend(holding)
         free.extend(others)
 

@@ -1,6 +1,7 @@
 """A person asks to be forgotten: features, pictures of a page, a bundle; and the images are still in the source."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -68,7 +69,7 @@ def test_images_given_in_python_keep_their_rows(store, source):
     np.testing.assert_array_equal(after[~gone], before[~gone])
 
 
-def test_what_depends_on_them_is_named(store, source, tmp_path):
+def test_what_depends_on_them_is_named(store, source, tmp_path, capsys):
     made = tmp_path / "made"
     made.mkdir()
     featurepipe.train(store, out=made / "knn", dataset="d", head="knn", params={"n_neighbors": 1}, silent=True)
@@ -95,6 +96,10 @@ def test_what_depends_on_them_is_named(store, source, tmp_path):
     text = forget_text(told)
     assert told["free_bundles"] == [str(made / "others")]
     assert f"looked at, holds none of them: bundle {made / 'others'}\n" in f"{text}\n"
+    assert main(["forget", str(store.path), "--ids", str(asked), "--look-in", str(made), "--json"]) == 0
+    found = [Path(entry["path"]).name for entry in json.loads(capsys.readouterr().out)["dependents"]]
+    assert "page.html" in found
+    assert asked.name not in found
     assert "2 images of dataset d\nremoved: 2 rows" in text
     assert f"depends on them: bundle {made / 'knn'}: trained, tuned or calibrated on " in text
     assert "none of their keys, features or names" in text
