@@ -326,7 +326,7 @@ class User(Family):
         raise UsageError(
             f"{self.spec} does not say what images it expects; set the attribute 'preprocessing' (or 'default_cfg') on "
             "the module that it returns, for instance: module.preprocessing = featurepipe.backbones.Preprocessing("
-            "resize=256, crop=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
+            "resize=256, crop=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)), or these as a dictionary"
         )
 
     @override

@@ -329,7 +329,8 @@ def _recommended(study: Study, found: answers.Recommendation, columns: Sequence[
         "best": found.best.columns[0],
         "best_head": found.best.head,
         f"best_{study.measure}": found.best_estimate.value,
-        "rule": f"the cheapest column within one standard error of the {_BEST[study.measure]} (Breiman et al. 1984)",
+        "rule": "the column with the fewest operations of the network within one standard error of the "
+        f"{_BEST[study.measure]} (Breiman et al. 1984)",
         **{name: column[name] for name in ("width", "bytes_per_image", "ms_per_image", "saved")},
     }
 

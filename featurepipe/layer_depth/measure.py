@@ -193,14 +193,18 @@ def measure(
 def _missing(
     study: Study, sets: Sequence[tuple[str, tuple[str, ...]]], journal: Journal, progress: Progress
 ) -> list[Work]:
-    missing = []
+    missing, known = [], 0
     for network, columns in sets:
         key = study.key(network, columns)
         for number, fold in enumerate(study.folds):
             heads = [h for h in study.protocol.heads if journal.get(key, h, fold.seed, fold.number) is None]
-            progress.advance(len(study.protocol.heads) - len(heads))
+            known += len(study.protocol.heads) - len(heads)
             if heads:
                 missing.append(Work(key, network, columns, number, heads))
+    if (
+        known
+    ):  # a step of nothing would let the first fit, which has all that is done once in it, tell how long the rest takes
+        progress.advance(known)
     return missing
 
 

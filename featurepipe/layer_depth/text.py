@@ -102,12 +102,19 @@ def _answer(found: Mapping[str, Any]) -> str:
         best = f"the {measure.best} is {chosen['best']} with {chosen['best_head']}, {chosen['best_value']:.4f}"
     return (
         f"recommended: {_named(chosen['column'], found)} with {chosen['head']}, {measure.word} {_interval(chosen)}; {best}\n"
-        f"{chosen['width']:,} values and {size(chosen['bytes_per_image'])} an image; stopping there saves "
+        f"{chosen['width']:,} values{_width_of_best(found)} and {size(chosen['bytes_per_image'])} an image; stopping there saves "
         f"{share(chosen['saved'])} of the forward's operations{_milliseconds(found)}\n"
         f"rule: {chosen['rule']}\n"
         + "".join(f"{line}\n" for line in (_ties(chosen), _elsewhere(chosen["elsewhere"])) if line)
         + f"use it: {_command(found)}"
     )
+
+
+def _width_of_best(found: Mapping[str, Any]) -> str:
+    """How many values the best column has, where the recommended one has more: fewer operations may cost storage."""
+    chosen = found["recommended"]
+    width = next((one["width"] for one in found["columns"] if one["column"] == chosen["best"]), chosen["width"])
+    return f" ({chosen['best']}: {width:,})" if width < chosen["width"] else ""
 
 
 def _named(column: str, found: Mapping[str, Any]) -> str:

@@ -210,7 +210,8 @@ def measure_routes(
     """
     waiting, untried = missing_of(trials, journal, outlook), list[Untried]()
     done, start = len(trials) - len(waiting), time.monotonic()
-    progress.advance(done)
+    if done:
+        progress.advance(done)
 
     def in_order() -> Generator[RouteTrial, None, None]:
         """Pulled when there is room; sorted anew each time, since estimates learn."""

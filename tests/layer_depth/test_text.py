@@ -54,7 +54,7 @@ def test_the_answer_comes_first():
     lines = text(DOCUMENT).splitlines()
     assert lines[:6] == [
         "recommended: a:gap with knn, accuracy 0.9000 (0.850 to 0.950); the most accurate is b:gap with knn, 0.9100",
-        "1,000 values and 4.0 kB an image; stopping there saves 75.0 % of the forward's operations "
+        "1,000 values (b:gap: 84) and 4.0 kB an image; stopping there saves 75.0 % of the forward's operations "
         "(measured on cpu, fp32: 1.23 ms an image, 1.23 ms up to a:gap)",
         "rule: the rule",
         "not told apart from b:gap: a:gap",
