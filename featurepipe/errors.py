@@ -35,6 +35,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -282,6 +283,33 @@ def unsearchable(path: str | os.PathLike[str]) -> str:
     return ""
 
 
+def missing(path: str) -> str:
+    """What is said of a local path that is not there: where it was looked for, and which names there look most like it."""
+    folder = Path(path).parent.absolute()
+    near = near_paths(path)
+    return f"no such file or folder (looked in {folder}{f'; nearest: {near}' if near else ''})"
+
+
+def near_paths(path: str, holding: str = "") -> str:
+    """Up to three files or folders beside a path that look most like it, as it is written.
+
+    Args:
+        path: A local path that is not there.
+        holding: Only folders that hold this file; empty for whatever is there.
+    """
+    where = Path(path)
+    try:
+        with os.scandir(where.parent) as entries:
+            names = sorted(entry.name for entry in islice(entries, _NEIGHBOURS))
+    except (OSError, ValueError):
+        return ""
+    near = [where.parent / one for one in nearest(where.name, names)]
+    return ", ".join(str(one) for one in near if not holding or (one / holding).exists())
+
+
+_NEIGHBOURS = 10_000  # entries of a folder that are compared with a misspelt name
+
+
 @contextmanager
 def about(option: str) -> Iterator[None]:
     """Errors of the block that name no option are about this one."""
@@ -317,8 +345,18 @@ def nearest(value: str, names: Sequence[str]) -> list[str]:
     return near + [name for name in names if len(value) >= 3 and value in name and name not in near][: 3 - len(near)]
 
 
-def unknown(kind: str, value: str, choices: Iterable[str], *, where: str = "", see: str = "") -> UsageError:
+def unknown(
+    kind: str,
+    value: str,
+    choices: Iterable[str],
+    *,
+    where: str = "",
+    see: str = "",
+    is_better: Callable[[str], bool] | None = None,
+) -> UsageError:
     """Builds the error for a name that is not among ``choices``: the value, the nearest ones, where to look.
+
+    Of the nearest those that ``is_better`` is true of come first.
 
     Example:
         >>> str(unknown("node", "layer5", ["layer3", "layer4"], where="resnet50", see="featurepipe nodes resnet50"))
@@ -326,6 +364,7 @@ def unknown(kind: str, value: str, choices: Iterable[str], *, where: str = "", s
     """
     names = list(choices)
     near = nearest(value, names)
+    near = sorted(near, key=is_better, reverse=True) if is_better else near
     hint = (
         f"nearest: {', '.join(near)}"
         if near

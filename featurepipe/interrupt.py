@@ -82,7 +82,10 @@ class StopRequest:
             with self.raised():
                 yield
         except Interrupted as error:
-            raise Interrupted(f"{error} before {before}; nothing was changed", error.exit_code - 128) from None
+            raise Interrupted(
+                f"{error} before {before}; nothing was changed. Run the same command again to begin",
+                error.exit_code - 128,
+            ) from None
 
     @contextmanager
     def raised(self) -> Iterator[None]:

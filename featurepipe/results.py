@@ -207,6 +207,8 @@ def _flat(one: Mapping[str, Any]) -> dict[str, Any]:
     return plain | (dict(counts) if isinstance(counts, Mapping) else {})
 
 
+PER_CLASS = ("class", "support", "predicted", "precision", "recall", "f1", "auc")
+"""What is measured of each class, in the order in which it is shown."""
 ROWS_SHOWN = 12
 COLUMNS_SHOWN = 10
 _CHARACTERS = 160
@@ -266,6 +268,8 @@ def _text(value: Any) -> str:
 def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Records as an HTML table: their plain values, the first rows and columns; says how many more there are."""
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if _is_plain(value)))
+    if set(names) == set(PER_CLASS):  # a bundle's file has them by the alphabet
+        names = list(PER_CLASS)
     shown, kept = rows[:ROWS_SHOWN], names[:COLUMNS_SHOWN]
     over_numbers = {name for name in kept if all(_is_number(row[name]) for row in shown if row.get(name) is not None)}
     styles = {name: f"{_NAME};text-align:right" if name in over_numbers else _NAME for name in kept}

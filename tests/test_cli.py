@@ -216,7 +216,7 @@ MISTAKES = {
         2,
         "unknown precision 'int8'",
     ),
-    "source": (["extract", "nowhere", "--store", "NEW", *SMALL], 1, "nowhere: no such file or folder"),
+    "source": (["extract", "nowhere", "--store", "NEW", *SMALL], 2, "nowhere: no such file or folder"),
     "store-is-file": (["extract", "IMAGES", "--store", "FILE", *SMALL], 1, "is a file, not a feature store"),
     "store-below-file": (["extract", "IMAGES", "--store", "FILE/x", *SMALL], 1, "Not a directory"),
     "no-store": (["info", "nowhere"], 1, "there is no feature store at nowhere"),

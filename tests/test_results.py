@@ -209,6 +209,21 @@ def test_a_cell_of_a_notebook_has_one_bar(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_names_of_columns_stand_above_their_numbers() -> None:
+    of_class = dict(
+        sorted(
+            {
+                "class": "a",
+                "support": 1,
+                "predicted": 1,
+                "precision": 1.0,
+                "recall": 1.0,
+                "f1": 1.0,
+                "auc": None,
+            }.items()
+        )
+    )
+    heads = re.findall(r"<th[^>]*>(.*?)</th>", card("x", {}, tables={"per_class": [of_class]}))
+    assert heads == ["class", "support", "predicted", "precision", "recall", "f1", "auc"]  # as of evaluate
     page = card("x", {}, tables={"t": [{"id": "a", "n": 1, "of": 2.5}, {"id": "b", "n": None, "of": True}]})
     heads = re.findall(r'<th style="([^"]*)">(\w+)</th>', page)
     assert [(name, style.endswith("text-align:right")) for style, name in heads] == [

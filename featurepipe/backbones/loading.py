@@ -114,7 +114,7 @@ def _family(name: str) -> Family:
     known = classification_names()
     if name in known:
         return Torchvision(name)
-    raise unknown("backbone", name, [*known, *LITE, "lenet5"], see=SEE)
+    raise unknown("backbone", name, [*known, *LITE, "lenet5"], see=SEE, is_better=weights_at_hand)
 
 
 class Backbone:

@@ -51,6 +51,12 @@ def _complete() -> None:
         argcomplete.autocomplete(build_parser())
 
 
+_STOPPED = (
+    "stopped by SIGINT before there was a result: what had been committed is kept, nothing is half written, and the same command "
+    "goes on from there"
+)
+
+
 def _guarded(args: Namespace) -> int:
     try:
         with warnings_shown_safely(), tracebacks_shown_safely(on_one_line=_logs_json(args)), ends_on_ctrl_c():
@@ -60,7 +66,7 @@ def _guarded(args: Namespace) -> int:
     except FeaturepipeError as error:
         return _failed(args, error.spelled(on_command_line), error.exit_code)
     except KeyboardInterrupt:
-        return _failed(args, ["stopped"], 130)
+        return _failed(args, [_STOPPED], 130)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         discard_output()
         return 0

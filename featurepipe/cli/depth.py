@@ -16,6 +16,7 @@ from featurepipe.cli.options import (
     cluster,
     counted,
     define,
+    existing_source,
     existing_store,
     given,
     options,
@@ -53,6 +54,7 @@ def add_depth(command: ArgumentParser) -> None:
 
 def run_depth(args: Namespace) -> int:
     """Runs the command."""
+    existing_source(args.source)
     from featurepipe.layer_depth.depth import depth
     from featurepipe.layer_depth.text import plan_text, text
 
@@ -78,6 +80,7 @@ def add_routes(command: ArgumentParser) -> None:
 
 def run_routes(args: Namespace) -> int:
     """Runs the command."""
+    existing_source(args.source)
     from featurepipe.transfer_routes.answers import plan_text, text
     from featurepipe.transfer_routes.routes import routes
 

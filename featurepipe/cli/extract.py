@@ -5,7 +5,16 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from functools import partial
 
-from featurepipe.cli.options import add_cluster, add_json, add_options, add_quiet, cluster, define, options
+from featurepipe.cli.options import (
+    add_cluster,
+    add_json,
+    add_options,
+    add_quiet,
+    cluster,
+    define,
+    existing_source,
+    options,
+)
 from featurepipe.cli.output import show
 from featurepipe.extraction.limits import Limits
 from featurepipe.features.options import (
@@ -52,6 +61,7 @@ def add_extract(command: ArgumentParser) -> None:
 
 def run_extract(args: Namespace) -> int:
     """Runs the command; rejects make the exit code."""
+    existing_source(args.source)
     from featurepipe.extraction.extract import extract
     from featurepipe.extraction.text import estimate_text, text_and_next
 

@@ -14,6 +14,7 @@ from featurepipe.cli.options import (
     bundle_and,
     cluster,
     define,
+    existing_source,
     existing_store,
     options,
 )
@@ -95,6 +96,7 @@ def add_finetune(command: ArgumentParser) -> None:
 
 def run_finetune(args: Namespace) -> int:
     """Runs the command."""
+    existing_source(args.source)
     from featurepipe.training.text import dry_text, finetune_text
     from featurepipe.tuning.finetune import finetune
     from featurepipe.tuning.peers import processes
@@ -132,10 +134,10 @@ def add_evaluate(command: ArgumentParser) -> None:
 
 def run_evaluate(args: Namespace) -> int:
     """Runs the command."""
+    bundle, args.store = bundle_and(args, "store")
     from featurepipe.evaluation.evaluate import evaluate
     from featurepipe.evaluation.text import text
 
-    bundle, args.store = bundle_and(args, "store")
     result = evaluate(
         bundle,
         existing_store(args),
@@ -168,9 +170,11 @@ def add_predict(command: ArgumentParser) -> None:
 
 def run_predict(args: Namespace) -> int:
     """Runs the command; rejects make the exit code."""
+    bundle, source = bundle_and(args, "source")
+    if source is not None:
+        existing_source(source)
     from featurepipe.prediction.predict import predict, text
 
-    bundle, source = bundle_and(args, "source")
     result = predict(
         bundle,
         source,

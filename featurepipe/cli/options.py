@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, TypeAlias
 
-from featurepipe.errors import Message, Option, UsageError, on_command_line
+from featurepipe.errors import BundleError, Message, Option, UsageError, missing, on_command_line, unsearchable
 from featurepipe.option_groups import Declaration, OptionGroup, declared
 
 Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"  # noqa: SLF001
@@ -43,10 +46,11 @@ def bundle_and(args: Namespace, second: str) -> tuple[str | None, str]:
     """BUNDLE and the argument after it; without a bundle where `InPlaceOfBundle` was given.
 
     Raises:
-        UsageError: A bundle is there as well.
+        UsageError: A bundle is there as well; or there is none at that path.
     """
     last = getattr(args, second)
     if args.backbone is None:
+        existing_bundle(args.bundle)
         return args.bundle, last
     if last is not None:
         raise UsageError(
@@ -152,6 +156,32 @@ def counted(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is no number from 1")
     return int(text)
+
+
+def existing_source(given: str) -> None:
+    """Checks that a local source is there, before anything is loaded, or said of it.
+
+    Raises:
+        UsageError: There is no such file or folder; names the nearest.
+    """
+    path = os.path.expanduser(given)  # noqa: PTH111 (Path raises where there is no such user)
+    is_there = os.path.lexists(path) or unsearchable(path)  # what may not be looked at is refused where it is opened
+    if not is_there and "://" not in given and not glob.has_magic(path):
+        raise UsageError(f"{given}: {missing(path)}")
+
+
+def existing_bundle(given: str) -> None:
+    """Checks that a folder is a bundle, before anything is loaded.
+
+    Raises:
+        UsageError: There is none; names the nearest.
+    """
+    from featurepipe.heads.bundle.files import check_is_bundle
+
+    try:
+        check_is_bundle(Path(given))
+    except BundleError as error:
+        raise UsageError(error.message) from error
 
 
 def existing_store(args: Namespace) -> Any:

@@ -159,6 +159,8 @@ def labels(
         labels=labels, label=label, split_column=split_column, group=group, target=target,
         multilabel=None if multilabel is None else tuple(multilabel), weight=weight,
     )  # fmt: skip
+    if target is None:
+        _label_issues()  # before a store is opened in vain
     question = Question.of(store, options, "labels", silent=silent)
     whole = question.rows(RoleOptions.of(options), labels, None)
     every = whole if split is None else whole.select(split=split)

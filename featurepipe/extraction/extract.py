@@ -164,9 +164,9 @@ def extract(
     )
     stops = stopping(stop, options.time_budget)
     say = announcer(silent=silent)
-    options = replace(options, backbone=network_for(store, options.backbone, options.weights, say))
-    settle = partial(prepare, dataset=dataset, options=options, say=say)
     with closing(opened(source, options)) as found, executor_on(cluster, say=say) as executor:
+        options = replace(options, backbone=network_for(store, options.backbone, options.weights, say))
+        settle = partial(prepare, dataset=dataset, options=options, say=say)
         if dry_run:
             executor.check()
             job = settle(found, existing_store(store), dry_run=True, executor=executor)

@@ -427,10 +427,10 @@ class ListingSummary:
             # Those that somebody may take for images first.
             order = sorted(files, key=lambda suffix: (suffix not in _FORMATS, -files[suffix]))
             named = first_names([f"{suffix} {files[suffix]:,}" for suffix in order], _SHOWN)
-            convert = " (convert images in formats that are not read)" if _FORMATS & files.keys() else ""
-            if UNNAMED & files.keys():
-                convert += " (a manifest can name images without a suffix, as of DICOM)"
-            found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{convert}")
+            ways = ["convert images in formats that are not read"] if _FORMATS & files.keys() else []
+            ways += ["a manifest can name images without a suffix, as of DICOM"] if UNNAMED & files.keys() else []
+            hint = f" ({'; '.join(ways)})" if ways else ""
+            found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{hint}")
         if self.ignored:
             found.append(f"ignored {self.ignored_are}: {first_names(list(map(self._ignored, self.ignored)), _SHOWN)}")
         if self.further:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.display import counted
-from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, unsearchable
+from featurepipe.errors import FeaturepipeError, Message, Option, SourceError, UsageError, missing, unsearchable
 from featurepipe.images.annotated import CLASS_FILES, AnnotatedSource, YoloSource, is_yolo
 from featurepipe.images.archives import ArchiveSource
 from featurepipe.images.arrays import IDX_IMAGES, ArrayReader, ArraySource, read_idx, read_npz
@@ -245,8 +245,7 @@ def _open_path(path: str, readers: Mapping[str, ArrayReader]) -> Source:
         return _open_file(os.path.abspath(path), readers)
     if glob.has_magic(path):
         return _open_many(sorted(map(os.path.abspath, glob.glob(path, recursive=True))), path)
-    missing = f"no such file or folder (looked in {os.path.abspath(os.path.dirname(path) or '.')})"
-    raise SourceError(f"{path}: {unsearchable(path) or missing}")
+    raise SourceError(f"{path}: {unsearchable(path) or missing(path)}")
 
 
 def _open_url(url: str, readers: Mapping[str, ArrayReader]) -> Source:

@@ -17,7 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe import __version__
-from featurepipe.errors import Message, Option, StoreError, UnknownSnapshot, UsageError, unknown, unsearchable
+from featurepipe.errors import (
+    Message,
+    Option,
+    StoreError,
+    UnknownSnapshot,
+    UsageError,
+    near_paths,
+    unknown,
+    unsearchable,
+)
 from featurepipe.results import card, optional
 from featurepipe.store import documents, snapshots
 from featurepipe.store.atomic import is_file, is_temporary, listed, made_folder, strangers, write_json
@@ -86,7 +95,11 @@ class FeatureStore:
                     f"{self.path} is a bundle, what featurepipe train writes, and no feature store; give the store first, and "
                     "the bundle as the command's help says (featurepipe report STORE --bundle BUNDLE)"
                 )
-            raise StoreError(f"there is no feature store at {self.path}; make one with: {extract_command(self.path)}")
+            near = near_paths(str(self.path), "store.json")
+            near = f"nearest: {near}; " if near else ""
+            raise StoreError(
+                f"there is no feature store at {self.path}; {near}make one with: {extract_command(self.path)}"
+            )
 
     def _check_version(self) -> None:
         version = read_document(self.path / "store.json", StoreDocument)["version"]

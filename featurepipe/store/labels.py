@@ -167,7 +167,7 @@ def places_of(ids: pa.ChunkedArray, table: LabelTable | ColumnTable) -> pa.Chunk
             raise UsageError(f"{table.name} holds no labels; it needs the id of each labelled image, and its label")
         raise UsageError(
             f"none of the {len(table.ids)} ids in {table.name} is an id of these features: there {table.ids[0].as_py()!r}, "
-            f"here {ids[0].as_py()!r}; write them as features.ids shows them"
+            f"here {ids[0].as_py()!r}; write them as the dataset has them"
         )
     return place
 

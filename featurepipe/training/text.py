@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def train_text(found: Mapping[str, Any]) -> str:
     if "threshold" in found:
         lines.append(threshold_text(found["threshold"]))
     lines += tested_lines(found)
-    return "\n".join([*lines, *_bundle_lines(found)])
+    return "\n".join([*lines, *_bundle_lines(found), _next(found["bundle"])])
 
 
 def _bundle_lines(found: Mapping[str, Any]) -> list[str]:
@@ -73,6 +74,12 @@ def replaced_text(found: Mapping[str, Any]) -> str:
     lost = found["lost_classes"]
     what = "class" if len(lost) == 1 else "classes"
     return f"the head in {Path(found['bundle']).name} was replaced by one that no longer knows the {what} {first_names(lost, 5)}"
+
+
+def _next(bundle: str) -> str:
+    """The command that comes next."""
+    command = f"featurepipe predict {shlex.quote(bundle)} IMAGES --to predictions.csv"
+    return f"next: {command}   # IMAGES are new ones, as for featurepipe extract"
 
 
 def _cluster(found: Mapping[str, Any]) -> str:

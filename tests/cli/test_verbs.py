@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from featurepipe.cli import depth as cli_depth
+from featurepipe.cli import extract as cli_extract
+from featurepipe.cli import heads as cli_heads
+from featurepipe.cli import options as cli_options
 from featurepipe.store import FeatureStore
 
 EXTRACT = "featurepipe.extraction.extract:extract"
@@ -13,6 +17,15 @@ EVALUATE = "featurepipe.evaluation.evaluate:evaluate"
 PREDICT = "featurepipe.prediction.predict:predict"
 DEPTH = "featurepipe.layer_depth.depth:depth"
 ROUTES = "featurepipe.transfer_routes.routes:routes"
+
+
+@pytest.fixture(autouse=True)
+def every_path_is_there(monkeypatch):
+    """The paths below are words; those that are not there are refused before a verb is called (test_paths.py)."""
+    for module in (cli_depth, cli_extract, cli_heads):
+        monkeypatch.setattr(module, "existing_source", lambda given: None)
+    monkeypatch.setattr(cli_options, "existing_bundle", lambda given: None)
+
 
 CASES = {
     "extract": (

@@ -402,7 +402,10 @@ def test_files_that_are_passed_over_are_counted(tmp_path):
     first, second = summary.lines("pile")
     assert first == "pile: 1 image, 1 label, no splits"
     assert second.startswith("pile: passed over 9 files: .nef 2, no suffix 4, ")
-    assert "(convert images in formats that are not read)" in second
+    assert (
+        "(convert images in formats that are not read; a manifest can name images without a suffix, as of DICOM)"
+        in second
+    )
 
 
 def test_suffixes_do_not_grow_without_bound(tmp_path):

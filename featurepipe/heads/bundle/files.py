@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.errors import BundleError, needs_posix, unsearchable
+from featurepipe.errors import BundleError, near_paths, needs_posix, unsearchable
 
 FORMAT, VERSION = "featurepipe-bundle", 2
 """The greatest version that is read.
@@ -183,16 +183,23 @@ def open_plain(folder: Path, name: str) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def _manifest_bytes(folder: Path) -> bytes:
+def check_is_bundle(folder: Path) -> None:
+    """Raises `BundleError` if a folder is no bundle; reads nothing."""
     if why := unsearchable(folder / MANIFEST):
         raise BundleError(f"cannot tell whether {folder} is a bundle: {why}")
     if not folder.is_dir():
         what = "a file" if folder.exists() else "missing"
-        raise BundleError(f"{folder} is {what}, not a bundle; give the folder that featurepipe train --out wrote")
+        near = near_paths(str(folder), MANIFEST)
+        near = f"; nearest: {near}" if near else ""
+        raise BundleError(f"{folder} is {what}, not a bundle; give the folder that featurepipe train --out wrote{near}")
     if not os.path.lexists(folder / MANIFEST):
         raise BundleError(
             f"{folder} is not a bundle: it has no {MANIFEST}; give the folder that featurepipe train --out wrote"
         )
+
+
+def _manifest_bytes(folder: Path) -> bytes:
+    check_is_bundle(folder)
     with open_plain(folder, MANIFEST) as file:
         content = file.read(_LARGEST_MANIFEST + 1)
     if len(content) > _LARGEST_MANIFEST:

@@ -1,0 +1,58 @@
+"""Paths on the command line: what is not there is refused before anything is loaded, and the nearest is named."""
+
+import sys
+
+import pytest
+
+from featurepipe.cli import main
+from featurepipe.errors import near_paths, unknown
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stamps").mkdir()
+    (tmp_path / "stamps-bundle").mkdir()
+    (tmp_path / "stamps-bundle/bundle.json").write_text("{}")
+    (tmp_path / "stamps-bundles").mkdir()
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/store.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["extract", "stamp"], "stamp: no such file or folder (looked in {here}; nearest: stamps"),
+        (["depth", "./stamp"], "./stamp: no such file or folder (looked in {here}; nearest: stamps"),
+        (["routes", "stamp"], "nearest: stamps"),
+        (["finetune", "stamp", "--out", "b"], "nearest: stamps"),
+        (
+            ["predict", "stamps-bundel", "stamps", "--to", "p.csv"],
+            "stamps-bundel is missing, not a bundle; give the folder",
+        ),
+        (["predict", "stamps-bundel", "stamps", "--to", "p.csv"], "nearest: stamps-bundle\n"),
+        (["predict", "stamps-bundle", "xyz", "--to", "p.csv"], "xyz: no such file or folder (looked in {here})\n"),
+        (["predict", "stamps", "stamps", "--to", "p.csv"], "stamps is not a bundle: it has no bundle.json"),
+        (["evaluate", "stamps-bundel", "features"], "nearest: stamps-bundle\n"),
+    ],
+)
+def test_a_misspelt_path_is_named_with_the_nearest_at_once(here, monkeypatch, capsys, words, said):
+    monkeypatch.setitem(sys.modules, "featurepipe.features.loader", None)  # importing it would fail: nothing is loaded
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert said.format(here=here) in told
+    assert "no network is named" not in told
+    assert not (here / "features/spaces").exists()
+
+
+def test_a_misspelt_store_is_named_with_the_nearest(here, capsys):
+    assert main(["info", "featurs"]) == 1  # a store may not be there yet: no wrong usage
+    assert "there is no feature store at featurs; nearest: features; make one with" in capsys.readouterr().err
+    assert near_paths("nowhere/at/all") == near_paths("zzzz") == ""
+
+
+def test_of_names_equally_near_the_better_ones_come_first():
+    names = [f"efficientnet_lite{number}" for number in range(3)]
+    found = unknown("backbone", "efficientnet_lite", names, is_better=lambda name: name == "efficientnet_lite0")
+    assert "; nearest: efficientnet_lite0, efficientnet_lite2, efficientnet_lite1" in str(found)
