@@ -104,6 +104,13 @@ def test_python_runs(page: Path, images: Path, tmp_path: Path, launcher) -> None
     assert finished.code == 0, finished.err
 
 
+@pytest.mark.slow
+def test_the_recipe_of_preprocessing_holds_for_a_network_of_coloured_images(images: Path, launcher) -> None:
+    """The page's own test takes a network of grey images in its place."""
+    finished = launcher.start("\n".join(blocks(ROOT / "docs" / "networks.md", "python")), cwd=images).wait()
+    assert finished.code == 0, finished.err
+
+
 def commands(block: str) -> Iterator[list[str]]:
     """The command lines of a block, as words, without comments and variables of the environment."""
     for line in re.split(r"\n|&&", block.replace("\\\n", " ")):

@@ -275,7 +275,7 @@ def routes(
 def _expected(trials: Sequence[RouteTrial], journal: Journal, expected: TrialTimes, options: RoutesOptions) -> str:
     """About how long measuring takes, and how much of that a budget allows."""
     seconds = sum(expected.seconds(trial) for trial in missing_of(trials, journal, expected))
-    limit = "" if options.budget is None else f", of which the budget allows {spoken(options.budget)}"
+    limit = "" if options.budget is None else f", of which the budget allows {options.budget:,g} s"
     return f"; about {spoken(seconds)} for what is not measured yet{limit}" if seconds else "; all is measured already"
 
 

@@ -4,6 +4,9 @@ import copy
 
 import pytest
 
+from featurepipe.errors import Interrupted
+from featurepipe.layer_depth.phases import Phases, outlook
+from featurepipe.layer_depth.study import DepthColumn, Protocol
 from featurepipe.layer_depth.text import plan_text, text
 
 RESULT = {"head": "knn", "network": "pretrained", "tested_on": "source", "low": 0.85, "high": 0.95}
@@ -153,3 +156,28 @@ def test_a_plan_says_what_would_be_done(speed, expected):
     ]
     unknown = plan_text({**plan, "seconds": dict.fromkeys(plan["seconds"])}).splitlines()[-3]
     assert unknown == "how long they take is not estimated: only of logistic, linear-svm it is known"
+
+
+def test_ctrl_c_in_a_phase_says_which_and_that_the_same_command_goes_on():
+    said: list[str] = []
+    phases = Phases({"extract": "features", "measure": "heads"}, said.append)
+    with phases.phase("extract"):
+        pass
+    with (
+        pytest.raises(Interrupted, match=r"in phase 2 of 2, measure: .* kept .*; the same command goes on") as caught,
+        phases.phase("measure", "; about 10 s"),
+    ):
+        raise KeyboardInterrupt
+    assert caught.value.exit_code == 130
+    assert said == ["phase 1 of 2, extract: features", "phase 2 of 2, measure: heads; about 10 s"]
+    assert list(phases.seconds) == ["extract"]
+
+
+def test_an_estimate_of_fits_is_as_many_times_that_of_one():
+    columns = [DepthColumn(f"{name}:gap", name, "gap", 1, 0.5, 1280) for name in "ab"]
+    once = outlook(Protocol(["logistic"], 5, 1), columns, networks=1, images=420, classes=7, jobs=1)
+    more = outlook(Protocol(["logistic", "linear-svm"], 5, 3), columns, networks=2, images=420, classes=7, jobs=3)
+    assert more["measure"] == pytest.approx(4 * once["measure"])
+    assert 10 < once["measure"] < 60  # ten fits of a second or more each, on one core
+    unknown = outlook(Protocol(["xgboost"], 5, 1), columns, networks=1, images=420, classes=7, jobs=1)
+    assert set(unknown.values()) == {None}
