@@ -127,8 +127,8 @@ class JobKeys(SphinxDirective):
             section = nodes.section("", nodes.title(text=title), ids=[name], names=[name])
             self.state.document.note_explicit_target(section)
             listed = nodes.definition_list()
-            for key, default, text in keys:
-                term = nodes.term("", "", nodes.literal(text=key), nodes.Text(f" {default}"))
+            for key, what, text in keys:
+                term = nodes.term("", "", nodes.literal(text=key), nodes.Text(what))
                 listed += nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text=text)))
             section += listed if keys else nodes.paragraph(text="It has no keys.")
             found.append(section)
@@ -136,7 +136,7 @@ class JobKeys(SphinxDirective):
 
 
 def _job_keys() -> dict[str, list[tuple[str, str, str]]]:
-    """Of each table of a job file, in the order of the file, its keys with default and meaning."""
+    """Of each table of a job file its keys, those that must be given first."""
     top = "Before the first table"
     found: dict[str, list[tuple[str, str, str]]] = {top: []}
     for name, field in Job.model_fields.items():
@@ -145,17 +145,8 @@ def _job_keys() -> dict[str, list[tuple[str, str, str]]]:
             found[top].append(_key(name, field))
         else:
             title = f"[[{name}]]" if get_origin(field.annotation) is tuple else f"[{name}]"
-            found[title] = [_key(*key) for key in table.model_fields.items()]
+            found[title] = [_key(*key) for key in sorted(table.model_fields.items(), key=_comes_later)]
     return found
-
-
-def _key(name: str, field: FieldInfo) -> tuple[str, str, str]:
-    """A key, its default as a job file writes it, and its meaning, without the default that the command has."""
-    value = None if field.is_required() else field.get_default(call_default_factory=True)
-    text = field.description or ""
-    if value is None or value in ((), {}):
-        return name, "(must be given)" if field.is_required() else "(no default)", text
-    return name, f"= {json.dumps(value)}", re.sub(r" \(default: [^()]*\)", "", text)
 
 
 def _classes_in(annotation: Any) -> Iterator[type]:
@@ -164,6 +155,21 @@ def _classes_in(annotation: Any) -> Iterator[type]:
         yield annotation
     for part in get_args(annotation):
         yield from _classes_in(part)
+
+
+def _comes_later(key: tuple[str, FieldInfo]) -> bool:
+    return not key[1].is_required()
+
+
+def _key(name: str, field: FieldInfo) -> tuple[str, str, str]:
+    """A key, with its default as a job file writes it; whether it must be given; its meaning, without the command's default."""
+    text = field.description or ""
+    if field.is_required():
+        return name, "" if "by default" in text else " must be given", text
+    value = field.get_default(call_default_factory=True)
+    if value is None or value in ((), {}):
+        return name, "", text
+    return f"{name} = {json.dumps(value)}", "", re.sub(r" \(default: [^()]*\)", "", text)
 
 
 class Notebooks(MystParser):

@@ -77,6 +77,8 @@ def test_alerts_are_of_figures_that_there_are() -> None:
     yaml = pytest.importorskip("yaml")
     (group,) = yaml.safe_load((SCHEDULE / "featurepipe-alerts.yaml").read_text())["groups"]
     rules = "\n".join(rule["expr"] for rule in group["rules"])
+    page = (PACKAGE.parent / "docs" / "operations.md").read_text()
+    assert [rule for rule in rules.splitlines() if f"\n{rule}\n" not in page] == []
     sources = "".join((PACKAGE / name).read_text() for name in ("jobs/prometheus.py", "extraction/plan.py"))
     figures = re.findall(r"featurepipe_(\w+)", rules)
     values = re.findall(r'=~?"([^"]+)"', rules)
