@@ -98,7 +98,8 @@ def test_cards_are_escaped_and_say_what_they_leave_out(
     assert "&lt;script&gt;" in safe(evaluated._repr_html_())
     many = Result({"nodes": [{"name": f"n{k}"} for k in range(40)]}, "nodes")
     assert "28 more rows" in safe(many._repr_html_())
-    assert "lenet5" in safe(fp.runs(store)._repr_html_())
+    assert "greys" in (card := safe(fp.runs(store)._repr_html_()))
+    assert "not shown: " in card  # of a record's plain values, the first by name
     empty = fp.FeatureStore(tmp_path / "empty")
     with empty.lock(shared=True):
         assert "no dataset yet" in safe(empty._repr_html_())
