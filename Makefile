@@ -44,7 +44,7 @@ test: lint
 	$(PYTEST) -m 'not slow'
 
 test-slow: $(VENV)/.installed-dev
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow tests
 
 test-all: test
 	$(MAKE) test-slow

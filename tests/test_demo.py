@@ -133,6 +133,7 @@ def test_images_are_found_by_their_ids(finished: Demo) -> None:
     assert np.array_equal(found["test/000399"], images[399])
 
 
+@pytest.mark.slow
 def test_each_mistake_is_framed_in_red(finished: Demo, tmp_path: Path) -> None:
     outcome = finished.outcomes[0]
     right = replace(outcome, predicted=outcome.true)

@@ -19,6 +19,7 @@ def test_everything_of_torchvision_and_our_own_is_listed(catalogue) -> None:
     assert len(names) >= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alexnet", "squeezenet1_0", "shufflenet_v2_x0_5", "mnasnet0_5", "swin_t", "vit_b_32"])
 def test_widths_and_sizes_are_those_of_the_bottleneck(catalogue, name: str) -> None:
     backbone = load_backbone(name)

@@ -119,6 +119,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["ckpt", "pth.tar"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_trunk_is_found(shape, suffix, state, truth, tmp_path, monkeypatch) -> None:
@@ -288,6 +289,7 @@ def old_name(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["densenet121", pytest.param("timm/densenet121", marks=pytest.mark.slow)])
 def test_old_names_of_densenets_load_from_files(name, tmp_path) -> None:
     """The names that torchvision's own files have, as published and as a training script keeps them."""

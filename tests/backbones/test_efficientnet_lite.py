@@ -39,6 +39,7 @@ def test_logits_equal_those_of_timm(lite0, images) -> None:
         assert (lite0.module(images) - other(images)).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "parameters"), VARIANTS)
 def test_larger_variants_equal_those_of_timm(name, size, parameters, photos) -> None:
     timm = pytest.importorskip("timm")

@@ -43,6 +43,7 @@ def plain(backbone, nodes, batch):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "nodes"),
     [
@@ -82,6 +83,7 @@ def test_the_network_stops_at_the_deepest_node():
     assert not any(name.startswith(("layer3", "layer4", "fc")) for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
@@ -168,6 +170,7 @@ def test_untraceable_networks_of_timm_agree_with_their_own_forward():
     assert timm is not None
 
 
+@pytest.mark.slow
 def test_precision_is_kept_only_where_it_agrees(monkeypatch):
     from featurepipe.backbones import engine as precision
 

@@ -174,6 +174,7 @@ def expected() -> np.ndarray:
         return net[:6]((pictures() / 255 - 0.5) / 0.25).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @pytest.mark.parametrize("name", [*EXACT, *OWN])
 def test_every_kind_of_network_computes_in_eval_mode(code, name) -> None:
@@ -182,6 +183,7 @@ def test_every_kind_of_network_computes_in_eval_mode(code, name) -> None:
         np.testing.assert_allclose(features(name, batch), truth, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_another_process_computes_the_same(code, launcher) -> None:
     program = (

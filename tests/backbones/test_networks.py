@@ -66,6 +66,7 @@ def forward_with_hooks(
 BIG = ("densenet121", "swin_t", "convnext_tiny", "inception_v3", "efficientnet_b0", "vgg16", "vgg19")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in BIG else []) for n in NETWORKS])
 def test_nodes_equal_a_plain_forward_with_hooks(name: str) -> None:
     bottleneck, classifier, options, inner = NETWORKS[name]

@@ -46,6 +46,7 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(a.double(), b.double())
 
 
+@pytest.mark.slow
 def test_features_of_a_random_resnet_agree(photos) -> None:
     """Features are taken relative to their mean: those of a random network all point the same way otherwise."""
     backbone = load_backbone("resnet50", "none", seed=0)

@@ -38,6 +38,7 @@ def features(backbone, images, *nodes):
     return [torch.from_numpy(found[str(column)]) for column in columns]
 
 
+@pytest.mark.slow
 def test_each_network_gives_the_features_that_it_gives_alone(both, photos) -> None:
     images = photos[:2]
     together = features(both, images, "bottleneck", *(f"{name}.blocks.5" for name in NAMES))

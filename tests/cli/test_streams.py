@@ -19,6 +19,7 @@ def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_closed_streams_change_no_exit_code(closed, tmp_path):
     with FeatureStore(tmp_path / "store").lock(shared=True):
@@ -141,6 +142,7 @@ sys.exit(main(["run", "x.toml", "--log-format", sys.argv[2], "--json"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_defects_in_threads_and_in_objects_that_go_are_shown_safely(log_format):
     name = ODD.replace("\ud800", "")

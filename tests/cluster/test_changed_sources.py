@@ -74,6 +74,7 @@ class OnlyHere(LocalFileSystem):
         return super()._strip_protocol(str(path).removeprefix("onlyhere://"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_manifest", [False, True])
 def test_a_file_system_that_no_worker_has_is_one_line(
     tmp_path: Path, dask_executor: DaskExecutor, as_manifest: bool, monkeypatch: pytest.MonkeyPatch

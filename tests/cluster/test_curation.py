@@ -22,6 +22,7 @@ def marked(pile):
     return pile.store
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_this_process(marked, cluster_address, monkeypatch):
     monkeypatch.setattr(
         "featurepipe.curation.outliers.REFERENCE", 90

@@ -67,6 +67,7 @@ def journal_of(store):
 # The same numbers
 
 
+@pytest.mark.slow
 def test_all_numbers_are_those_of_a_local_comparison(pictures, local, dask_executor, tmp_path):
     answer = depth(pictures, tmp_path / "store", cluster=dask_executor, **OPTIONS)
     assert numbers(answer) == numbers(local[0])
@@ -77,6 +78,7 @@ def test_all_numbers_are_those_of_a_local_comparison(pictures, local, dask_execu
     assert len(answer["provenance"]["runs"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "roles"),
     [
@@ -127,6 +129,7 @@ def test_the_second_time_nothing_is_measured(pictures, local, dask_executor, mon
     assert answer["results"] == local[0]["results"]  # the seconds, too
 
 
+@pytest.mark.slow
 def test_wide_cells_have_a_worker_to_themselves(local, dask_executor, tmp_path, monkeypatch):
     shutil.copytree(local[1], tmp_path / "store")
     journal_of(tmp_path / "store").path.unlink()
@@ -147,6 +150,7 @@ def test_wide_cells_have_a_worker_to_themselves(local, dask_executor, tmp_path, 
 # What travels
 
 
+@pytest.mark.slow
 def test_little_travels_with_each_cell(pictures, local, dask_executor, monkeypatch, tmp_path):
     """The study goes to a worker once; a shard names a column and a fold."""
     sizes, original = [], dask_executor.map
@@ -169,6 +173,7 @@ def test_little_travels_with_each_cell(pictures, local, dask_executor, monkeypat
 # Stops, kills, resumption
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_at_once_and_the_next_call_goes_on(pictures, local, dask_executor, tmp_path, monkeypatch):
     request, original, kept = StopRequest(), Journal.add, []
 

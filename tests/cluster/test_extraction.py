@@ -269,6 +269,7 @@ def test_a_worker_with_other_weights_is_refused_by_name(
     assert len(record["cluster"]["refused"]) == 2
 
 
+@pytest.mark.slow
 def test_a_source_that_no_worker_can_read_ends_the_run(
     photos: Path, dask_executor: DaskExecutor, tmp_path: Path, slow_folder: Any
 ) -> None:

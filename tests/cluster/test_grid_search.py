@@ -52,6 +52,7 @@ def test_it_searches_on_labelled_rows_that_train(features):
     assert len(features) == 240 == len(features) - features.unlabelled
 
 
+@pytest.mark.slow
 def test_it_finds_what_a_search_here_finds(recipe, features, dask_executor):
     found = recipe.search_on(dask_executor, features)
     X, y = features.numpy()
@@ -68,6 +69,7 @@ def test_it_finds_what_a_search_here_finds(recipe, features, dask_executor):
     assert f"{found.best_score_:.4f} +- " in best
 
 
+@pytest.mark.slow
 def test_the_features_are_sent_to_each_worker_once(recipe, features, dask_executor, sent):
     recipe.search_on(dask_executor, features)
     X, y = features.numpy()

@@ -26,6 +26,7 @@ def in_a_process(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedP
 OPTIONS = {"cores": 8, "memory": "32GB", "queue": "gpu", "walltime": "01:00:00"}
 
 
+@pytest.mark.slow
 def test_processes_here_share_the_machine_out_and_are_reached_from_nowhere_else() -> None:
     from dask.system import CPU_COUNT
     from distributed.system import MEMORY_LIMIT

@@ -366,6 +366,7 @@ def test_sigterm_ends_the_command_without_a_file(album, launcher, cluster_addres
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("role", "values"),
     [

@@ -80,6 +80,7 @@ def arithmetic(request, monkeypatch):
         monkeypatch.setattr(passes, "_SMALL_BYTES", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [BlockLogisticRegression, BlockLinearSVC])
 @pytest.mark.parametrize(("classes", "dtype"), [(2, np.float16), (3, np.float16), (4, np.float32)])
 def test_the_optimum_is_the_local_one(dask_executor, kind, classes, dtype, arithmetic):
@@ -130,6 +131,7 @@ def test_pipelines_run_where_the_rows_are(dask_executor, kind, before):
     np.testing.assert_allclose(scores, here.decision_function(ArrayBlocks(features)), atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["logistic", "logistic in float32", "linear-svm", "ridge", "knn", "xgboost"])
 def test_several_labels_are_learned_where_the_rows_are(dask_executor, name, monkeypatch):
     name, _, rounded = name.partition(" ")

@@ -43,6 +43,7 @@ def pair(zoo, dask_executor, tmp_path):
     return train_
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["logistic", "linear-svm", "ridge", "lda", "centroid", "knn", "rbf-svm"])
 def test_the_same_parameters_and_the_same_bundle_come_out(zoo, pair, head):
     zoo.write([*zoo.images("train", 100), *zoo.images("test", 40)])
@@ -56,6 +57,7 @@ def test_the_same_parameters_and_the_same_bundle_come_out(zoo, pair, head):
     assert there["test"]["accuracy"] == here["test"]["accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["logistic", "rbf-svm"])
 def test_the_same_values_are_selected(zoo, pair, head):
     zoo.write([*zoo.images("train", 100), *zoo.images("test", 40)])
@@ -71,6 +73,7 @@ def test_the_same_values_are_selected(zoo, pair, head):
     np.testing.assert_allclose(found, expected, atol=CLOSE.get(head, 1e-5) * expected.std())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "tune"), [("ridge", True), ("ridge", False), ("xgboost", False)])
 def test_numbers_come_out_the_same(zoo, pair, cluster_address, tmp_path, head, tune):
     rows = [*zoo.images("train", 100), *zoo.images("val", 20), *zoo.images("test", 40)]
@@ -91,6 +94,7 @@ def test_numbers_come_out_the_same(zoo, pair, cluster_address, tmp_path, head, t
     assert measured["metrics"]["mae"]["value"] == pytest.approx(there["test"]["mae"]["value"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "tune"), [("logistic", True), ("knn", False), ("xgboost", False)])
 def test_several_labels_come_out_the_same(zoo, pair, cluster_address, tmp_path, head, tune):
     rows = [*zoo.images("train", 80), *zoo.images("val", 20), *zoo.images("test", 40)]
@@ -141,6 +145,7 @@ def test_ordered_classes_come_out_the_same(zoo, pair, cluster_address, tmp_path)
     assert measured["metrics"]["quadratic_kappa"]["value"] > 0.6
 
 
+@pytest.mark.slow
 def test_trees_differ_as_little_as_between_two_seeds(zoo, pair, tmp_path):
     zoo.write([*zoo.images("train", 300), *zoo.images("test", 100)])
     here, there, one, other = pair(head="xgboost", params={"n_estimators": 60})
@@ -155,6 +160,7 @@ def test_trees_differ_as_little_as_between_two_seeds(zoo, pair, tmp_path):
     assert np.abs(one.probabilities(features) - other.probabilities(features)).mean() < max(seeds, 0.01)
 
 
+@pytest.mark.slow
 def test_a_large_search_shares_its_passes(zoo, pair, monkeypatch):
     zoo.write([*zoo.images("train", 100), *zoo.images("test", 40)])
     monkeypatch.setattr(tuning, "SMALL_VALUES", 0)

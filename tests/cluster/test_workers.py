@@ -267,6 +267,7 @@ def test_a_scheduler_file(cluster_address: str, tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_facts_are_asked_of_everyone_and_a_dead_one_is_left_out(
     dask_executor: DaskExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

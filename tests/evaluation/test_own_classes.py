@@ -84,6 +84,7 @@ def store(tmp_path_factory):
     return root / "store"
 
 
+@pytest.mark.slow
 def test_labels_that_are_called_like_classes(store):
     found = featurepipe.evaluate(store=store, backbone=NAME, bootstrap=0, silent=True)
     assert found["metrics"]["accuracy"]["value"] == pytest.approx(2 / 3)
@@ -114,6 +115,7 @@ def test_a_mapping_on_the_command_line(store, tmp_path, capsys):
     assert found["options"]["mapping"] == str(file)
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said(store, tmp_path):
     with pytest.raises(UsageError, match=r"none of the labels \(Palace, daisy\) is in the mapping"):
         featurepipe.evaluate(store=store, backbone=NAME, mapping={"bee": "insect"}, silent=True)

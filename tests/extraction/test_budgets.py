@@ -138,6 +138,7 @@ def slow_at(places, payloads, wait):
     return decoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_python", [True, False])
 def test_an_image_that_takes_too_long_is_given_up(monkeypatch, in_python):
     monkeypatch.setenv("FEATUREPIPE_DECODE_SECONDS", "1")

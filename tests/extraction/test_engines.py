@@ -7,6 +7,7 @@ from featurepipe.backbones.engine import OPENVINO, PYTORCH
 from featurepipe.features import settings
 
 
+@pytest.mark.slow
 def test_engines_fill_one_space_and_the_next_run_follows(album, run):
     album.fill(6)
     first = run(album.root)

@@ -159,6 +159,7 @@ def compare(store, calm, batch_size):
             assert (1 - cosines(found.read(), expected.read())).max() <= BATCH_TOLERANCE["fp32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_commits_what_is_in_flight_and_the_next_run_goes_on(album, launcher, command, run, number, code):
     album.fill(120)
@@ -232,6 +233,7 @@ def test_a_run_outside_the_main_thread_works(album, run):
         assert pool.submit(run, album.root).result()["counts"]["computed"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 3_000])
 def test_a_full_disk_is_said_and_leaves_a_clean_store(album, launcher, command, run, limit):
     """At 100 bytes not even the store's description fits, at 3,000 no part does."""
@@ -272,6 +274,7 @@ def test_a_full_disk_in_the_middle_keeps_what_was_committed(album, launcher, com
     assert len(run.store.features("album", "c3")) == 41
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["key", "id", "size", "mtime_ns", "features/c3:gap", "header"])
 def test_a_flipped_bit_is_named_by_verify_and_repaired_by_the_next_run(album, launcher, command, run, cli, where):
     album.fill(40)
@@ -298,6 +301,7 @@ def test_a_flipped_bit_is_named_by_verify_and_repaired_by_the_next_run(album, la
         assert all(np.allclose(after[node][id_], values, rtol=1e-4, atol=1e-6) for id_, values in stored.items())
 
 
+@pytest.mark.slow
 def test_two_extracts_at_once_lose_nothing(album, launcher, command, run, tmp_path):
     """The same source twice under one name, and an overlapping one under another."""
     album.fill(80)

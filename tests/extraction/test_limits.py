@@ -201,6 +201,7 @@ def test_limits_that_are_none_are_refused_before_any_work(album, run, options, s
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_time_budget_ends_the_night_cleanly_and_the_next_one_goes_on(album, run, tmp_path):
     album.fill(40)
     album.write("bad.png", b"none")

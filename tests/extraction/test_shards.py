@@ -29,6 +29,7 @@ def test_a_shard_travels_as_few_bytes_and_arrives_as_it_was():
     assert len(piece.listing) / piece.rows < 30  # a row of it is some 90 bytes
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.integers(1, 900), st.lists(st.integers(0, 9), min_size=1), st.floats(0.01, 1e4), st.integers(1, 400),

@@ -7,6 +7,7 @@ from benchmarks.interval_coverage import KINDS, coverage, coverage_of_labels, co
 from featurepipe.heads.statistics.intervals import balanced_accuracy, macro_f1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("classes", "per_class", "balanced"), [(2, 3, True), (5, 1, True), (20, 1, True), (20, 5, False), (10, 20, True)]
@@ -19,6 +20,7 @@ def test_intervals_hold_the_truth_in_nine_of_ten_test_sets_or_more(classes, per_
     assert not low
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["R2 0.9"])
 def test_intervals_of_numbers_hold_the_truth_in_nearly_nine_of_ten_test_sets_or_more(noise):
     seen = coverage_of_numbers(30, noise, draws=25, seed=3)

@@ -82,6 +82,7 @@ def test_gamma_factor_multiplies_gamma(sides):
     np.testing.assert_array_equal(RBFSVM(gamma_factor=0.5).fit(X, y).decision_function(others), same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_above_it_is_an_svm_on_landmarks(sides, stored, kept):
     X, y, others, truth = sides

@@ -148,6 +148,7 @@ def test_every_c_reaches_scikit_learns_optimum_in_shared_passes(case, dtype):
             assert (head.predict(features) != other.predict(features)).sum() <= max(1, len(labels) // 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [digits, unscaled, constant_columns])
 def test_float32_arithmetic_suffices(case, monkeypatch):
     monkeypatch.setattr(passes, "_SMALL_BYTES", 0)
@@ -210,6 +211,7 @@ def test_weights_of_rows_and_classes_are_those_of_scikit_learn(class_weight):
     np.testing.assert_allclose(head.predict_proba(features), other.predict_proba(features), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [np.float16, np.float32, np.float64])
 def test_streamed_features_give_what_arrays_give(stored, monkeypatch):
     monkeypatch.setattr(passes, "_SMALL_BYTES", 0)

@@ -151,6 +151,7 @@ def by_hand(p, codes, measure, resamples=2000):
     return np.percentile(values, [2.5, 97.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "measure"),
     [

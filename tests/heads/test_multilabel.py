@@ -122,6 +122,7 @@ def least_objectives(kind):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_from", [0, 6])
 @pytest.mark.parametrize("kind", [MultilabelLogisticRegression, MultilabelLinearSVC])
 def test_wide_float32_features_that_are_streamed_reach_the_same_optimum(kind, own_from, stored, monkeypatch):

@@ -135,6 +135,7 @@ def test_numbers_have_scipys_distances_and_welchs_interval():
     assert found.p_value < 0.01
 
 
+@pytest.mark.slow
 def test_false_alarms_of_numbers_are_as_many_as_the_level_says():
     rng = np.random.default_rng(4)
     p_values = np.array([number_shift(rng.gamma(2, size=200), rng.gamma(2, size=30)).p_value for _ in range(400)])

@@ -59,6 +59,7 @@ def test_grades_have_a_quadratic_kappa():
     assert np.isnan(quadratic_kappa(np.zeros(3, int), np.zeros(3, int), 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "each", "shared"), [(30, 1, 0.0), (20, 6, 0.8)])
 def test_intervals_hold_the_truth_in_nine_of_ten_test_sets_or_more(groups, each, shared):
     far = number_table(*drawn(1, 40_000, 1, shared)[:2], bootstrap=0)

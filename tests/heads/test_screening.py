@@ -99,6 +99,7 @@ def normal_images(rng: np.random.Generator, groups: int, size: int, share: float
     return noise + distance * positive, positive, group.astype(str).astype(object)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "size", "share"), [(150, 1, 0.25), (60, 5, 0.4)])
 def test_bands_hold_the_true_curve(groups: int, size: int, share: float) -> None:
     """Of 200 test sets; a share of 0.91 is 2.6 standard deviations below 0.95, so that no band that holds its level fails."""

@@ -40,6 +40,7 @@ def assert_level_held(p_values):
         assert binom.ppf(0.0005, count, level) <= alarms <= binom.ppf(0.9995, count, level), (level, alarms, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "new", "width", "count"),
     [(10, 10, 30, 400), (10, 10, 9000, 80), (10, 200, 500, 60), (200, 12, 500, 60)],

@@ -213,6 +213,7 @@ def test_several_coco_files_are_one_dataset(tmp_path):
     assert source.scan()["id"].to_pylist() == ["b.png#1", "a.png#1", "a.png#2", "a.png#3"]  # one image of both
 
 
+@pytest.mark.slow
 def test_a_large_coco_file_is_read_entry_by_entry(tmp_path):
     outline = ", ".join(["[" + ", ".join(["1.5"] * 200) + "]"] * 5)
     one = f'{{"image_id": 3, "category_id": 1, "bbox": [1, 2, 3, 4], "segmentation": [{outline}]}}'

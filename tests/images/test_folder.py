@@ -199,6 +199,7 @@ def test_link_loops_end(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_tree_deeper_than_the_recursion_limit(tmp_path):
     here = os.open(tmp_path, os.O_RDONLY)
     for _ in range(1200):

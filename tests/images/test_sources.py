@@ -124,6 +124,7 @@ def test_labels_are_strings_whatever_they_look_like(tmp_path):
     assert rows_of(open_source(tmp_path / "m.parquet"), "label") == [("1",), ("2",)]
 
 
+@pytest.mark.slow
 def test_a_column_whose_type_changes_after_the_first_block(tmp_path):
     lines = [f"p{i},{i}\n" for i in range(200_000)]
     (tmp_path / "m.csv").write_text(

@@ -36,6 +36,7 @@ def shown(store, capsys):
     return [table.splitlines()[1].split()[4], listed["status"], alone["status"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "table"), [("compact", "[compact]"), ("report", '[report]\nto = "n.html"')])
 def test_a_night_that_is_killed_is_in_the_records(launcher, pile, step, table, capsys):
     pile.fill(5)

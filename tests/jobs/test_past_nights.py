@@ -32,6 +32,7 @@ def entry_of(record, step):
     return entry
 
 
+@pytest.mark.slow
 def test_drift_fails_until_the_images_pass(pile):
     """A schedule that runs a failed job once more does not wipe the failure out."""
     pile.fill(60)

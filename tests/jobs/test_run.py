@@ -260,6 +260,7 @@ def test_a_defect_of_ours_is_raised_and_recorded(pile, steps):
     assert record["steps"][-1]["error"] == "division by zero"
 
 
+@pytest.mark.slow
 def test_out_of_time_goes_on_the_next_night(pile, steps, monkeypatch):
     from featurepipe.images.folder import FolderSource
 
@@ -418,6 +419,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_is_recorded(pile, monkeypatch):
     assert (record["status"], record["exit_code"]) == ("interrupted", 130)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_during_an_extraction(launcher, pile, number, code):
     pile.fill(200)

@@ -46,6 +46,7 @@ print(len(said))
 """
 
 
+@pytest.mark.slow
 def test_no_decoder_writes_to_standard_error():
     ended = subprocess.run([sys.executable, "-c", DAMAGED], capture_output=True, text=True, check=True)
     assert ended.stderr == ""

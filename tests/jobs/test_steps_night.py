@@ -230,6 +230,7 @@ def test_layers_are_compared_and_shown_once(classed):
     assert by_step(pile.run())["depth"]["result"]["images"] == 52
 
 
+@pytest.mark.slow
 def test_routes_are_compared_again_when_images_changed_or_a_budget_left_some_out(classed, monkeypatch):
     monkeypatch.setattr(
         "featurepipe.layer_depth.measure.Timing.measure",
@@ -266,6 +267,7 @@ def test_the_page_of_nights_has_this_run(classed):
     assert "no record of how it ended" not in page  # which is what the store still says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multilabel", "target"])
 def test_labels_and_numbers_are_trained_predicted_and_compared(pile, kind):
     """A job whose heads predict several labels, or a number; drift then tests what they predict of new images."""

@@ -125,6 +125,7 @@ def trained(tmp_path):
     return str(tmp_path / "lenet.pth")
 
 
+@pytest.mark.slow
 def test_the_document_says_what_was_found_of_what(run, pictures, tmp_path, spies):
     report = tmp_path / "page.html"
     found = run(pictures(), report=report, command="featurepipe depth")
@@ -220,6 +221,7 @@ def test_a_reject_is_in_the_exit_code_and_the_protocol_is_left_to_the_answer(run
     assert "Features are standardised" not in told
 
 
+@pytest.mark.slow
 def test_damaged_images_are_kept_where_asked_and_listed_with_their_dataset(run, pictures, tmp_path, noisy_jpeg):
     source, other = pictures(), pictures("away", count=5, start=500)
     for number, folder in enumerate((source / "left", other / "upper", other / "left")):
@@ -264,6 +266,7 @@ def test_what_is_ignored_of_a_file_of_weights_is_in_the_records_of_each_run(run,
 FINDERS = ("similarity", "transferability", "details", "placed")
 
 
+@pytest.mark.slow
 def test_what_describes_columns_is_found_once(run, pictures, tmp_path, monkeypatch):
     found, times, waited = [], [], 0.1
 
@@ -339,6 +342,7 @@ def test_a_dry_run_compares_precisions_once(run, pictures, trained, monkeypatch)
     assert len({estimate["space"]["precision"] for estimate in found["extractions"]}) == 1
 
 
+@pytest.mark.slow
 def test_a_store_is_compared_as_it_is(run, pictures, tmp_path, spies):
     source = pictures()
     run(source, heads=QUICK)
@@ -360,6 +364,7 @@ def test_a_store_is_compared_as_it_is(run, pictures, tmp_path, spies):
             run(tmp_path / "store", **more)
 
 
+@pytest.mark.slow
 def test_control_and_other_source_stand_beside(run, pictures, trained, tmp_path):
     other = pictures("away", count=5, start=500)
     found = run(pictures(), weights=trained, control="random", test_source=other)
@@ -487,6 +492,7 @@ def test_the_command_line_does_the_same(pictures, tmp_path, cli, run):
     assert "unknown head 'nn'" in wrong.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
@@ -523,6 +529,7 @@ def test_what_is_a_store_is_told_by_its_file(tmp_path):
     assert sources.is_store(FeatureStore(tmp_path / "new"))
 
 
+@pytest.mark.slow
 def test_the_document_holds_the_map_that_its_page_shows(run, pictures, tmp_path):
     found = run(pictures(), heads=QUICK, report=tmp_path / "page.html")
     places = found["map"]["places"]

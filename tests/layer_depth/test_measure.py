@@ -141,6 +141,7 @@ def test_a_signal_ends_it_at_once_and_says_what_is_kept(study, counted, monkeypa
     assert len(counted.calls) == 1
 
 
+@pytest.mark.slow
 def test_several_at_once_measure_the_same(study, counted, tmp_path):
     given = study(heads=("logistic", "knn"), seeds=2, shifted="away")
     alone = counted(given)

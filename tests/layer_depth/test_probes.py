@@ -140,6 +140,7 @@ def test_it_is_scikit_learns_head_on_standardised_training_rows():
 HEADS = ["logistic", "linear-svm", "ridge", "knn", "rbf-svm", "centroid", "lda", "xgboost"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [20, 400], ids=["plain", "turned"])
 @pytest.mark.parametrize("blocks", [False, True], ids=["", "blocks"])
 def test_test_rows_influence_nothing(width, blocks, monkeypatch):

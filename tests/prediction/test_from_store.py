@@ -153,6 +153,7 @@ def test_a_signal_leaves_the_older_file(album, tmp_path, monkeypatch):
     assert (tmp_path / "x.parquet").read_text() == "older"
 
 
+@pytest.mark.slow
 def test_no_network_is_loaded():
     code = "import featurepipe.prediction.from_store, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

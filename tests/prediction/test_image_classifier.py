@@ -167,6 +167,7 @@ def check_scores(logits, scores, *, shifted=False, moves=0.0):
 LINEAR = [name for name, family in HEADS.items() if family.linear]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_ has at least 1 zero")  # a dead channel of the network
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("classes", [3, 2])

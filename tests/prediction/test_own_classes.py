@@ -111,6 +111,7 @@ def test_json_lines_have_as_many_classes_as_asked_for(photos, pretrained, tmp_pa
     assert rows[0]["confidence"] >= rows[0]["confidence_2"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [TINY, "mobilenet_v3_small"])
 def test_the_classifier_is_the_networks_own(name, pretrained):
     backbone = load_backbone(name)

@@ -369,6 +369,7 @@ STUCK = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_sigterm_ends_the_command_whose_decoder_is_stuck_and_leaves_the_older_file(
     album, written, tmp_path, launcher, suffix

@@ -258,6 +258,7 @@ def test_a_column_of_paths_and_the_other_source_can_be_named(compared, folder, t
     assert "60 pictures not shown" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_images_it_says_so_and_writes_the_page(compared, tmp_path, capsys):
     compared.compared()
     page = tmp_path / "page.html"

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from featurepipe.reporting.nights import nights_report
 
 
@@ -9,11 +11,13 @@ def page_of(records, recorded, folder):
     return nights_report(recorded(records), folder / "page.html", silent=True).read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_drift_is_told_of_all_nights_of_the_page(recorded, night_records, tmp_path):
     html = page_of(night_records(4), recorded, tmp_path)  # on the first there is nothing to compare with
     assert "Of 4 nights: no drift on 3, no comparison on 1. The least p-value was 0.5" in html
 
 
+@pytest.mark.slow
 def test_equal_p_values_do_not_hide_each_other(recorded, night_records, tmp_path):
     html = page_of(night_records(3), recorded, tmp_path)
     for places in ("0.75,1.75", "1.0,2.0", "1.25,2.25"):  # of two columns and the predicted classes

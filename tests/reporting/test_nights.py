@@ -288,6 +288,7 @@ def test_two_tall_bars_of_a_few_nights_are_drawn_to_their_ends(recorded, night_r
     assert "the network: 0.1 s" in parsed(html).texts["p"]  # the title of a strip that stands alone
 
 
+@pytest.mark.slow
 def test_rejects_of_earlier_nights_are_named_once(recorded, night_records, tmp_path, parsed):
     records = night_records(4)
     parts = [record for record in records if record["command"] == "extract"]

@@ -240,6 +240,7 @@ def plain_tags():
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["a", HOSTILE[1], *(pytest.param(text, marks=SLOW) for text in HOSTILE[2:] + HOSTILE[:1])]
 )
@@ -289,6 +290,7 @@ def test_text_in_plots_is_never_taken_for_formulas(document, tmp_path):
     assert not re.search(r'"major_label_overrides":{"type":"map","entries":\[\[\d+,"', html)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     [
@@ -343,6 +345,7 @@ def test_numbers_that_are_none_become_dashes(document, tmp_path, parsed):
     assert "nan" not in " ".join(cell for row in page.cells for cell in row).lower()
 
 
+@pytest.mark.slow
 def test_an_existing_page_stays_until_the_new_one_is_complete(document, tmp_path, monkeypatch):
     target = tmp_path / "page.html"
     target.write_text("old")

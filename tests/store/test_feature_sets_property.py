@@ -5,6 +5,7 @@ import pickle
 import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import HealthCheck, given, settings
 
 from featurepipe.store import FeatureStore
@@ -62,6 +63,7 @@ def stored(folder, dataset):
     return store
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(datasets(), st.data())
 def test_a_view_is_plain_arrays(tmp_path_factory, dataset, data):

@@ -47,6 +47,7 @@ def parts_in(store):
     return len(list(store.rglob("*.h5")))
 
 
+@pytest.mark.slow
 def test_a_killed_writer_loses_only_the_part_in_flight(tmp_path, rows):
     rng = random.Random(0)
     committed = 0
@@ -76,6 +77,7 @@ def test_a_killed_writer_loses_only_the_part_in_flight(tmp_path, rows):
     assert verify_store(store).leftovers == []
 
 
+@pytest.mark.slow
 def test_two_writers_at_once_lose_nothing(tmp_path, rows):
     processes = [start(tmp_path / "s", first, 1500) for first in (0, 1000)]
     assert [process.wait(60) for process in processes] == [0, 0]

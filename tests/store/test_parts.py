@@ -52,6 +52,7 @@ def test_ids_are_as_wide_as_the_longest(store, space, rows):
     assert (info.encoding, info.length) == ("utf-8", len("a/longer name.jpg"))
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_found_or_harmless(store, space, rows, flip_bit):
     """Every byte of the file: either something is reported, or everything still reads as it was (padding)."""
     rows.write(store, space, NAMES)

@@ -96,6 +96,7 @@ def test_a_family_without_blocks_is_refused_when_memory_is_short(zoo, run):
         run(zoo, memory=2000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["logistic", "linear-svm", "ridge", "lda", "centroid", "knn", "rbf-svm", "xgboost"])
 def test_every_family_trains_tunes_and_tells_classes_apart(split_zoo, run, head):
     record = run(split_zoo, head=head, tune=True)
@@ -437,6 +438,7 @@ def test_weights_of_a_column_are_scikit_learns(weighted_zoo, run, tmp_path, memo
     assert record["options"]["weight"] == "w"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["logistic", "linear-svm", "ridge", "xgboost"])
 def test_a_search_heeds_weights(weighted_zoo, run, head):
     zoo, path = weighted_zoo

@@ -146,6 +146,7 @@ def test_the_command_prints_what_the_function_returns(
     assert "no result: as-it-is" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "measure_name"), [({"target": "value"}, "r2"), ({"multilabel": "tags"}, "map")])
 def test_numbers_and_several_labels_take_every_route_but_the_network_as_it_is(
     piles: Path, kind: dict[str, str], measure_name: str, answer: dict[str, Any]
@@ -202,6 +203,7 @@ def test_another_source_of_other_classes_is_refused(piles: Path, tmp_path: Path,
         fp.routes(piles, piles.parent / "store", dataset="digits", test_source=tmp_path / "piles", **NETWORK, **FAST)
 
 
+@pytest.mark.slow
 def test_another_source_is_tested_by_every_route(piles: Path, tmp_path: Path, answer: dict[str, Any]) -> None:
     del answer
     other = draw(tmp_path / "inverted", start=300, count=60, invert=True)

@@ -60,6 +60,7 @@ def store(piles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "node"),
     [
@@ -115,6 +116,7 @@ def test_places_where_a_network_cannot_be_cut_are_refused_with_those_where_it_ca
         Tail(backbone, "layer9")
 
 
+@pytest.mark.slow
 def test_a_tuned_bundle_is_better_than_the_frozen_one_and_a_bundle_like_any_other(piles, store, tmp_path) -> None:
     frozen = fp.train(store, out=tmp_path / "frozen", tune=True, silent=True)
     tuned = finetune(store, from_node=CUT, out=tmp_path / "tuned", **{**FAST, "epochs": 12})
@@ -163,6 +165,7 @@ def test_a_tuned_bundle_is_better_than_the_frozen_one_and_a_bundle_like_any_othe
     assert names == [by_id[f"{path.parent.name}/{path.name}"] for path in sorted((piles / "piles").rglob("*.png"))[:8]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 9])
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, store, tmp_path, monkeypatch) -> None:
     whole = finetune(store, from_node=CUT, out=tmp_path / "whole", **FAST)
@@ -246,6 +249,7 @@ def test_missing_activations_name_the_command_that_makes_them(piles, store, tmp_
     )
 
 
+@pytest.mark.slow
 def test_images_are_extracted_once_and_tuned_as_from_a_store(piles, store, tmp_path, cli, monkeypatch) -> None:
     asked: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "from_node": CUT, "out": tmp_path / "b"}
     planned = finetune(piles / "piles", **asked, dry_run=True, silent=True)

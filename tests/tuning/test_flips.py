@@ -89,6 +89,7 @@ def test_half_of_the_rows_of_a_batch_are_mirrored_and_none_of_those_that_score(s
         assert not np.array_equal(drawn[0, 0], drawn[0, 1])
 
 
+@pytest.mark.slow
 def test_a_tail_learns_from_both_sides_from_a_store_and_from_images_alike(folder, store, tmp_path, monkeypatch) -> None:
     fast: dict[str, Any] = {"from_node": CUT, "epochs": 2, "rate": 3e-3, "silent": True}
     found = finetune(store, out=tmp_path / "b", augment="flip", **fast)

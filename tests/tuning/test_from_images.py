@@ -153,6 +153,7 @@ def test_statistics_are_trained_on_request(store, again, pretrained, tmp_path) -
     assert not torch.equal(before["layer1.1.running_mean"], after["layer1.1.running_mean"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 8])
 def test_a_killed_run_goes_on_to_the_same_bits(steps, images, tmp_path, monkeypatch) -> None:
     asked: dict[str, Any] = {"from_node": "images", "backbone": "small_networks:build", "weights": "none", "epochs": 3,
