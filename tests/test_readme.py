@@ -278,7 +278,7 @@ def test_options_named_in_the_prose_exist() -> None:
     text = "\n".join(TEXTS[page] for page in GUIDES if page not in WITH_SCRIPTS)
     ours = re.sub(r"\bdask (?:scheduler|worker)[^`\n]*", "", text)  # Dask's commands have options of their own
     ours = re.sub(r"\btorchrun --nproc-per-node", "", ours)  # as has PyTorch's
-    ours = ours.replace("rsync -a --delete", "")
+    ours = re.sub(r"\b(?:rsync|rsvg-convert) [^`\n]*", "", ours)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ours))
     assert named
     assert named <= known
