@@ -157,14 +157,14 @@ def test_concatenations_similarity_scores_and_provenance(document, plain, parsed
 def test_two_intervals_of_one_accuracy_say_of_what_they_are(plain, document, tmp_path, parsed):
     page = parsed(plain)
     assert any("91.1 to 91.6\u00a0% over folds and seeds" in text for text in page.texts["dd"])
-    assert any("other test images alone" in text for text in page.texts["p"])
+    assert any("The interval under Measures says less" in text for text in page.texts["p"])
     assert ["Measure", "Value", "95\u00a0% interval over test images"] in page.cells
     document["settings"] |= {"folds": None, "split": True}
     document["backbone"]["description"] = {"bottleneck": "flatten"}
     split = page_of(document, tmp_path)
     assert "flatten is the network&#39;s bottleneck." in split
     assert "(95\u00a0% interval 91.1 to 91.6\u00a0% over test images)" in split
-    assert "other test images alone" not in split
+    assert "The interval under Measures says less" not in split
 
 
 def test_confusions_classes_and_mistakes(whole, parsed):
