@@ -304,7 +304,7 @@ class Rounding:
                 names = ", ".join(ids[i] for i in where[:5]) + (", ..." if len(where) > 5 else "")
                 raise NonFiniteFeatures(f"{column}: NaN or infinity for {len(where)} of {len(values)} images: {names}")
             return self._widened(
-                column, values, f"a value of {np.abs(values).max():.2g} is above float16's largest, 65504"
+                column, values, f"a value of {np.abs(values).max():g} is above float16's largest, 65504"
             )
         if narrow and len(values) and _loses_small_values(values, stored):
             return self._widened(
