@@ -167,7 +167,7 @@ def test_a_large_search_shares_its_passes(zoo, pair, monkeypatch):
     monkeypatch.setattr("featurepipe.training.cost.SMALL_VALUES", 0)
     here, there, one, other = pair(head="logistic", tune=True)
     for record in (here, there):
-        assert record["search"]["how"].endswith("all in shared passes over the data")
+        assert record["search"]["how"].endswith("; in shared passes over the data")
     assert there["params"] == here["params"]
     np.testing.assert_allclose(other.scores(zoo.features()), one.scores(zoo.features()), atol=1e-4)
 

@@ -339,17 +339,17 @@ def test_a_scheduler_that_does_not_answer_is_given_up(
 
 @pytest.mark.slow
 def test_ctrl_c_does_not_end_workers() -> None:
-    def interrupted(executor: DaskExecutor) -> bool:
+    def ends(executor: DaskExecutor, seconds: float) -> bool:
         [pid] = executor.client.run(os.getpid).values()
         os.kill(pid, signal.SIGINT)
-        return happens(lambda: not executor.addresses(), 3 * SOON)
+        return happens(lambda: not executor.addresses(), seconds)
 
     options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}
     with LocalCluster(**options) as cluster, connect(cluster, say=lambda _: None) as executor:
-        assert interrupted(executor)
+        assert ends(executor, SECONDS)  # on a busy machine it takes some
     with connect("local:1", say=lambda _: None) as executor:
         executor.wait_for_workers()
-        assert not interrupted(executor)
+        assert not ends(executor, 3 * SOON)
 
 
 # Gangs, rows at workers, clusters that grow
