@@ -406,7 +406,7 @@ def _run_graph(found: Trace, input_shape: tuple[int, int, int]) -> dict[str, _Se
 _SAME_SHAPE = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Dropout,
 )  # fmt: skip
-"""Layers whose output has the shape of their input, without an operation that is counted."""
+"""Layers whose output has the shape of their input, without an operation that is counted; a class made of one may do anything."""
 
 
 class _Counting(fx.Interpreter):
@@ -419,7 +419,7 @@ class _Counting(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Runs a module, or makes the shape alone where that is the input's: PyTorch would decompose it in Python for nothing."""
-        if args and args[0].is_meta and isinstance(self.fetch_attr(target), _SAME_SHAPE):
+        if args and args[0].is_meta and type(self.fetch_attr(target)) in _SAME_SHAPE:
             return torch.empty_like(args[0])
         return super().call_module(target, args, kwargs)
 

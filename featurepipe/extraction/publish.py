@@ -113,9 +113,8 @@ def publish(run: Run, asked: StopRequest, floor: DiskFloor) -> dict[str, Any]:
     # Only a run that leaves a snapshot tells of changes: without one, the next run finds the same ones again.
     changes = count_changes(job.history.snapshot, run.snapshot)
     code = 3 if ledger.reasons else 0
-    run.end(
-        PUBLISHING, code, changes=changes, warnings=warnings
-    )  # a kill after the snapshot must not lose what it changed
+    # A kill after the snapshot must not lose what it changed.
+    run.end(PUBLISHING, code, changes=changes, warnings=warnings)
     run.store.write_snapshot(job.dataset, run.id, run.snapshot)
     return run.end("done", code, changes=changes, warnings=warnings)
 

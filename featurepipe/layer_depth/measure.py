@@ -201,9 +201,8 @@ def _missing(
             known += len(study.protocol.heads) - len(heads)
             if heads:
                 missing.append(Work(key, network, columns, number, heads))
-    if (
-        known
-    ):  # a step of nothing would let the first fit, which has all that is done once in it, tell how long the rest takes
+    # A step of nothing would let the first fit, which has all that is done once in it, tell how long the rest takes.
+    if known:
         progress.advance(known)
     return missing
 

@@ -125,9 +125,8 @@ def _signed(descriptor: int, *, shared: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        if (
-            free is not None and _slots(descriptor)[free] == who
-        ):  # else another one took the same slot at the same moment
+        # Else another one took the same slot at the same moment.
+        if free is not None and _slots(descriptor)[free] == who:
             sign_lock(descriptor, {}, _SLOT, free * _SLOT)
 
 
