@@ -370,7 +370,12 @@ def _repaired(payload: bytes, space: str, pixels: np.ndarray[Any, Any]) -> str:
     lost = lost_pixels(
         payload, _by_libjpeg(payload, space, scratch), lambda mended: _by_libjpeg(mended, space, scratch)
     )
-    if said := _by_libjpeg(payload, space, pixels, strict=False):
+    # An error after a warning counts as a warning, too, so that pixels which were never written tell whether it gave up.
+    pixels[:], scratch[:] = 0, 255
+    said = _by_libjpeg(payload, space, pixels, strict=False) or _by_libjpeg(payload, space, scratch, strict=False)
+    if not said and not np.array_equal(pixels, scratch):
+        said = lost or "it gave up before the last row"
+    if said:
         raise Reject(f"{'truncated' if says_truncated(said) else 'corrupt'}: libjpeg cannot decode it: {said}")
     return lost and f"{'truncated' if says_truncated(lost) else 'damaged'}: {REPAIRED}: {lost}"
 

@@ -226,3 +226,13 @@ def test_every_changed_byte_of_a_png_is_found():
     for at in [*np.linspace(start, end - 1, 60).astype(int).tolist(), end - 1, end - 2, end - 5]:
         with pytest.raises(Reject, match=r"^(corrupt|truncated): "):
             decode(payload[:at] + bytes([payload[at] ^ 4]) + payload[at + 1 :])
+
+
+def test_pixels_that_libjpeg_never_wrote_are_not_kept():
+    """It counts an error after a warning as a warning, and leaves the memory as it found it."""
+    payload = bytearray(jpeg(PHOTOS[0], progressive=True))
+    first, second = [segment for segment in segments(bytes(payload)) if segment.marker == SOS][:2]
+    payload[first.start + 100 : first.end - 40] = bytes(first.end - first.start - 140)
+    payload[second.start + 2 : second.start + 4] = bytes(2)  # its length
+    with pytest.raises(Reject, match="^corrupt: libjpeg cannot decode it: Bogus marker length$"):
+        decode(bytes(payload), on_damage=lambda _: None)

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
@@ -91,6 +91,7 @@ def test_what_is_decoded_in_full_all_the_same():
 
 
 @settings(max_examples=150, deadline=None)
+@example(progressive=True, changes=[(0.25, 0), (0.3125, 0)], kept=1.0, divisor=2, keep_damaged=True)
 @given(
     st.booleans(),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
