@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class TunedLayers(nn.Module):
     width: int
     input_shape: tuple[int, ...]
     network: nn.Module
+    _folded: tuple[nn.Module] | None = None
 
     def blocks(self) -> dict[str, list[str]]:
         """Names of the trainable parameters by block, from the lowest to the highest: what learns at one rate."""
@@ -55,6 +56,17 @@ class TunedLayers(nn.Module):
     def learning(self, draw: tuple[int, ...]) -> Iterator[None]:  # noqa: ARG002 - of subclasses
         """While the block runs, a step is made; ``draw`` is what random changes, as those of dropout, follow from."""
         yield
+
+    def folded(self) -> nn.Module:
+        """The layers with frozen BatchNorm folded into convolutions over the same parameters; as they are, if not traced."""
+        if self._folded is None:  # in a tuple, so that no parameter has a second name
+            network = self.network
+            self._folded = (fusion.with_folded_norms(network) if isinstance(network, fx.GraphModule) else network,)
+        return self._folded[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._folded = None  # its statistics are tensors that stay where they were
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Tail(TunedLayers):
@@ -111,7 +123,7 @@ class Tail(TunedLayers):
             activations = stored.reshape(len(stored), *channels_first).movedim(1, self._axis)
             if self._axis == 1:
                 activations = activations.contiguous(memory_format=torch.channels_last)
-        outputs = self.network(activations.to(self.dtype))
+        outputs = self.folded()(activations.to(self.dtype))
         return pool(outputs, self._pooling, channel_axis=self._out_axis).flatten(1)
 
     def as_engine(self, precision: str) -> Tail:
@@ -120,8 +132,7 @@ class Tail(TunedLayers):
         if isinstance(copied.network, fx.GraphModule):
             fusion.fold_batch_norm(copied.network)
         copied.dtype = DTYPES[precision]
-        copied.network.to(dtype=copied.dtype)
-        return copied
+        return copied.to(dtype=copied.dtype)
 
 
 FROZEN, TRAINED = STATISTICS = ("frozen", "train")
@@ -167,7 +178,7 @@ class Trunk(TunedLayers):
     def forward(self, images: Tensor) -> Tensor:
         """Features (N, D) of images as they are loaded, uint8 (N, C, h, w)."""
         inputs = self._preprocessing.normalise(images).contiguous(memory_format=torch.channels_last)
-        outputs = self.network(inputs)
+        outputs = (self.folded() if self.batch_norm == FROZEN else self.network)(inputs)
         outputs = outputs[self._out] if self._kept is None else self._kept
         self._kept = None
         return pool(outputs, self._pooling, channel_axis=self._out_axis).flatten(1)

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 import featurepipe as fp
 from featurepipe.backbones.engine import Engine, worst_cosine
+from featurepipe.backbones.fusion import with_folded_norms
 from featurepipe.backbones.tail import Tail, cuts
 from featurepipe.errors import BundleError, DiskFull, Interrupted, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle
@@ -86,6 +87,66 @@ def test_the_tail_of_stored_activations_gives_the_networks_own_features(name, no
         assert torch.allclose(tail(vectors), wanted, atol=1e-5)
     assert any(parameter.requires_grad for parameter in tail.parameters())
     assert not any(parameter.requires_grad for parameter in backbone.module.parameters())
+
+
+def gradients_of(network: torch.nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a step gives: the outputs, and each parameter's gradient."""
+    network.zero_grad(set_to_none=True)
+    outputs = network(inputs)
+    outputs.square().mean().backward()
+    return {"outputs": outputs.detach(), **{name: p.grad.clone() for name, p in network.named_parameters()}}
+
+
+def called(graph: torch.fx.GraphModule, owner: torch.nn.Module) -> list[type[torch.nn.Module]]:
+    return [type(owner.get_submodule(node.target)) for node in graph.graph.nodes if node.op == "call_module"]
+
+
+def with_odd_statistics(network: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    for norm in (layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)):
+        if norm.running_mean is None:
+            continue
+        norm.running_mean.uniform_(-1, 1, generator=generator)
+        norm.running_var.uniform_(0.5, 2, generator=generator)
+    return network.eval()
+
+
+@pytest.mark.parametrize(("name", "node"), [("resnet18", "layer3"), ("efficientnet_lite0", "blocks.14")])
+def test_a_step_with_folded_norms_has_the_gradients_of_one_without(name, node) -> None:
+    tail = Tail(fp.load_backbone(name, weights="none"), node)
+    with_odd_statistics(tail.double())
+    tail.dtype = torch.float64
+    assert called(tail.network, tail.network).count(torch.nn.BatchNorm2d) >= 4
+    assert torch.nn.BatchNorm2d not in called(tail.folded(), tail.network)
+    names = [name for name, _ in tail.named_parameters()]
+    stored = torch.randn(3, *tail.input_shape, generator=torch.Generator().manual_seed(2)).double()
+    found = gradients_of(tail, stored)
+    tail._folded = (tail.network,)
+    expected = gradients_of(tail, stored)
+    assert [*found] == [*expected] == ["outputs", *names]
+    for value, other in zip(found.values(), expected.values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-8, atol=1e-10 * other.abs().max().item())
+
+
+def test_what_is_folded_into_a_step_and_what_is_not() -> None:
+    shared = torch.nn.Conv2d(6, 6, 1)
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.nn.BatchNorm2d(6, eps=0.1), torch.nn.ReLU(),
+        shared, torch.nn.BatchNorm2d(6), shared, torch.nn.BatchNorm2d(6),
+        torch.nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"), torch.nn.BatchNorm2d(6),
+        torch.nn.Conv2d(6, 6, 1), torch.nn.BatchNorm2d(6, affine=False),
+        torch.nn.Conv2d(6, 6, 1), torch.nn.BatchNorm2d(6, track_running_stats=False),
+    )  # fmt: skip
+    plain = torch.fx.symbolic_trace(with_odd_statistics(layers.double()))
+    folded = with_folded_norms(plain)
+    left = called(folded, plain)
+    assert (left.count(torch.nn.Conv2d), left.count(torch.nn.BatchNorm2d)) == (3, 3)
+    assert {id(p) for p in folded.parameters()} == {id(p) for p in plain.parameters()}
+    inputs = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(2)).double()
+    found, expected = (gradients_of(network, inputs) for network in (folded, plain))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 1 - 1e-6), ("bf16", 0.9995)])
