@@ -234,5 +234,5 @@ def test_pixels_that_libjpeg_never_wrote_are_not_kept():
     first, second = [segment for segment in segments(bytes(payload)) if segment.marker == SOS][:2]
     payload[first.start + 100 : first.end - 40] = bytes(first.end - first.start - 140)
     payload[second.start + 2 : second.start + 4] = bytes(2)  # its length
-    with pytest.raises(Reject, match="^corrupt: libjpeg cannot decode it: Bogus marker length$"):
+    with pytest.raises(Reject, match=r"^corrupt: libjpeg cannot decode it: Bogus marker length$"):
         decode(bytes(payload), on_damage=lambda _: None)
