@@ -5,6 +5,8 @@
 
 - *table*: ``featurepipe routes`` from Google's drawings with 5, 20 and 100 images a class, tested on Google's drawings of other
   emoji and on Apple's of those; an emoji drawn for a man, a woman and a person is one group.
+- *starts*: a tail tuned from an exact head (LP-FT) against one tuned at once, from a random head, with 20 and 100 of Google's
+  drawings a class; the same test ideas as Google and as Apple drew them. Weights are not mixed, so that only the start differs.
 - *distance*: eleven tasks, each in a store of its own: Fashion-MNIST, its negative, in random colours, and two classes of it;
   scikit-learn's digits and their negative; emoji of both styles, and of one in grey, blurred to 16 pixels, and inverted.
   For each, the distance of its images from the statistics that the network learned, the confidence of its own classes, and what
@@ -17,7 +19,9 @@ Everything that was measured is kept in the work folder: the same command goes o
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,11 +29,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 from PIL import Image, ImageFilter, ImageOps
 
 import featurepipe as fp
 from benchmarks import record
-from benchmarks.bench_targets import drawn, write_manifest
+from benchmarks.bench_targets import drawn, rows_of, write_manifest
 from featurepipe.heads.statistics.comparison import rank_correlation
 
 Pixels = npt.NDArray[np.uint8]
@@ -38,7 +43,7 @@ Pictures = Iterator[tuple[str, Image.Image]]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures both parts, or the one asked for."""
+    """Measures all parts, or the one asked for."""
     if args.tiny:
         with tempfile.TemporaryDirectory() as made:
             return measured(args, drawn(Path(made) / "data" / "emoji").parent, Path(made) / "work")
@@ -46,10 +51,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(args: argparse.Namespace, data: Path, work: Path) -> dict[str, Any]:
-    """The table, then the tasks."""
+    """The table, the starts, then the tasks; with what other parts had given before."""
     found: dict[str, Any] = {"backbone": args.backbone, "settings": settings_of(args)}
+    file = record.RESULTS / "bench_routes.json"
+    if args.part != "all" and args.record and file.exists():
+        before = json.loads(file.read_text())
+        found = {name: value for name, value in before.items() if name in PARTS} | found
     if args.part in ("all", "table"):
         found["table"] = table(args, data, work)
+    if args.part in ("all", "starts"):
+        found["starts"] = starts(args, data, work)
     if args.part in ("all", "distance"):
         found |= distance(args, data, work)
     return found
@@ -72,6 +83,69 @@ def table(args: argparse.Namespace, data: Path, work: Path) -> list[dict[str, An
     )  # fmt: skip
     names = ("route", "size", "images", "tested_on", "accuracy", "low", "high", "seconds", "memory", "cells")
     return [{name: row[name] for name in names} for row in answer["results"]]
+
+
+def starts(args: argparse.Namespace, data: Path, work: Path) -> list[dict[str, Any]]:
+    """Accuracy inside and outside of tails that begin with an exact and with a random head, for each size."""
+    folder = work / "starts"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {style: list(rows_of(data / "emoji" / style)) for style in ("google", "apple")}
+    ideas = sorted({row["idea"] for row in rows["google"]})
+    mixed = np.random.default_rng(0).permutation(len(ideas))
+    tested = {ideas[place] for place in mixed[: len(ideas) // 5]}
+    tests = {style: [row for row in rows[style] if row["idea"] in tested] for style in rows}
+    for style, of_style in tests.items():
+        write_rows(of_style, folder / f"{style}.csv")
+    found = []
+    for size in (8, 10) if args.tiny else (20, 100):
+        for seed in range(args.seeds):
+            train = drawn_rows([row for row in rows["google"] if row["idea"] not in tested], size, seed)
+            write_rows(train, folder / f"train-{size}-{seed}.csv")
+            for start in ("exact", "random"):
+                fp.finetune(
+                    folder / f"train-{size}-{seed}.csv", folder / "store", dataset=f"{size}-{seed}", from_node=args.cut,
+                    out=folder / f"{start}-{size}-{seed}", backbone=args.backbone, weights=args.weights, group="idea",
+                    split_column="split", head_start=start, interpolate=False, epochs=args.epochs, rate=args.rate, seed=seed,
+                    extraction={"precision": "fp32"}, if_changed=True, silent=True,
+                )  # fmt: skip
+                bundle = folder / f"{start}-{size}-{seed}"
+                accuracy = {
+                    place: accuracy_of(bundle, folder / f"{style}.csv", tests[style])
+                    for place, style in (("inside", "google"), ("outside", "apple"))
+                }
+                found.append({"size": size, "seed": seed, "start": start, "images": len(train), **accuracy})
+                record.note(str(found[-1]))
+    return found
+
+
+def drawn_rows(rows: list[dict[str, Any]], size: int, seed: int) -> list[dict[str, Any]]:
+    """Up to so many rows of each class, whole ideas at a time in random order."""
+    ideas = sorted({row["idea"] for row in rows})
+    order = {ideas[place]: rank for rank, place in enumerate(np.random.default_rng(seed).permutation(len(ideas)))}
+    kept: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: order[row["idea"]]):
+        counts[row["label"]] = counts.get(row["label"], 0) + 1
+        if counts[row["label"]] <= size:
+            kept.append({**row, "split": "train"})
+    return kept
+
+
+def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
+    """A manifest."""
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def accuracy_of(bundle: Path, manifest: Path, rows: list[dict[str, Any]]) -> float:
+    """The share of a manifest's images that a bundle labels right."""
+    file = manifest.with_suffix(".predicted.parquet")
+    fp.predict(bundle, manifest, file, silent=True)
+    said = pq.read_table(file, columns=["id", "label"]).to_pydict()
+    truth = {row["id"]: row["label"] for row in rows}
+    return float(np.mean([truth[name] == label for name, label in zip(said["id"], said["label"], strict=True)]))
 
 
 def distance(args: argparse.Namespace, data: Path, work: Path) -> dict[str, Any]:
@@ -175,6 +249,7 @@ TASKS: dict[str, Callable[[Path], Pictures]] = {
     "emoji-google-blurred": lambda data: emoji(data, "google", blurred),
     "emoji-google-inverted": lambda data: emoji(data, "google", ImageOps.invert),
 }
+PARTS = ("table", "starts", "tasks", "rank_correlations")
 TINY = {"a": lambda data: emoji(data, "google"), "b": lambda data: emoji(data, "apple"), "digits": lambda _: digits()}
 
 
@@ -182,7 +257,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("--data", default="data", help="see above (default: data)")
     parser.add_argument("--work", default="bench-routes", help="where everything is kept (default: bench-routes)")
-    parser.add_argument("--part", default="all", choices=("all", "table", "distance"))
+    parser.add_argument("--part", default="all", choices=("all", "table", "starts", "distance"))
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--weights", default="DEFAULT")
     parser.add_argument("--cut", default="blocks.10", help="where tails begin (default: blocks.10)")

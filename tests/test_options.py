@@ -125,7 +125,8 @@ WRONG = {"extract": {
 }, "train": {
     "head": "logistik", "nodes": (), "pca": 0, "class_weight": "even", "min_class_size": 0, "memory": "much", "jobs": 0,
     "seed": -1, "threshold": "recall=2", "params": 5,
-}, "finetune": {"from_node": "", "epochs": 0, "rate": 0, "lowest_rate": 2, "warmup": 0, "patience": 0, "seeds": 0},
+}, "finetune": {"from_node": "", "epochs": 0, "rate": 0, "lowest_rate": 2, "warmup": 0, "patience": 0, "seeds": 0,
+    "head_start": "exat"},
 "depth": {"heads": (), "folds": 1, "seeds": 0, "max_width": 0, "jobs": 0},
 "routes": {"routes": (), "sizes": (), "seeds": 0, "cuts": (), "epochs": 0, "budget": -1},
 "drift": {"warn": 1, "fail": 0, "seed": -1, "columns": ()}}  # fmt: skip
@@ -254,7 +255,7 @@ def test_a_job_file_takes_the_same_choices_and_refuses_others(step, tmp_path):
         "extract": {"box_unit", "damaged", "frames", "precision", "dtype", "engine"},
         "train": {"class_weight"},
         "depth": {"control"},
-        "finetune": {"augment", "batch_norm", "mixed_precision"},
+        "finetune": {"augment", "batch_norm", "head_start", "mixed_precision"},
         "similar": {"distance", "index", "engine", "box_unit", "frames"},
         "labels": {"box_unit", "frames"},
         "outliers": {"by", "distance", "box_unit", "frames"},

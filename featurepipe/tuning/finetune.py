@@ -75,6 +75,7 @@ def finetune(
     mixed_precision: str | None = None,
     seeds: int = 1,
     interpolate: bool = True,
+    head_start: str = "exact",
     min_class_size: int = 2,
     memory: int | str | None = None,
     seed: int = 0,
@@ -135,6 +136,7 @@ def finetune(
         patience: epochs without a better validation score after which to stop.
         seeds: how often to tune from each cut, in other orders; the best on validation is kept.
         interpolate: mix tuned and frozen weights; else it is all of one or of the other.
+        head_start: the head to begin with: ``exact``, or ``random``, to compare with: all is tuned at once, nothing mixed.
         min_class_size: classes with fewer images are refused.
         memory: what activations may take; above it they are read from the store step by step.
         seed: of draws.
@@ -175,7 +177,7 @@ def finetune(
         split_column=split_column, split=split, epochs=epochs,
         rate=rate, lowest_rate=lowest_rate, weight_decay=weight_decay, warmup=warmup, batch_size=batch_size, patience=patience,
         augment=augment, batch_norm=batch_norm, mixed_precision=mixed_precision,
-        seeds=seeds, interpolate=interpolate, min_class_size=min_class_size, memory=memory, seed=seed,
+        seeds=seeds, interpolate=interpolate, head_start=head_start, min_class_size=min_class_size, memory=memory, seed=seed,
         store_features=store_features,
     )  # fmt: skip
     say = announcer(silent=silent)

@@ -138,15 +138,10 @@ class ImagesWork(TuningWork):
         self.set_features(rows, self.stored.read(np.float32, rows=rows))
         return rows[:0]
 
-    def exact_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The head to start from: exact on the bottleneck of pretrained weights, and random from scratch."""
+    def first_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The same without the images that are gone."""
         self.leave_out(self.gone, say)
-        if not self.is_scratch:
-            return super().exact_head(say)
-        random, width = np.random.default_rng(self.options.seed), self.body.width
-        outputs = max(1, len(self.task.classes))
-        weight = random.uniform(-1, 1, (outputs, width)) / np.sqrt(width)
-        return self.objective.to_target(weight, np.zeros(outputs))
+        return super().first_head(say)
 
     def check_room(self, folder: Path, peers: Peers) -> None:
         """Refuses what fits neither in memory nor on the disk, or is too little for the processes, before anything is done."""

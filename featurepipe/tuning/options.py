@@ -13,6 +13,8 @@ from featurepipe.option_groups import at_least, is_memory, is_number, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop,flip")
+EXACT, RANDOM = "exact", "random"
+"""The head that a tuning begins with."""
 OF_IMAGES = ("batch_norm", "mixed_precision")
 """Options that say how images are learned from, of no use where activations are."""
 NOT_OF_TUNING = ("batch_size",)
@@ -134,6 +136,11 @@ class LoopOptions(RoleOptions):
         True,
         "mix tuned and frozen weights in the share that is best on the validation images (WiSE-FT; not from scratch)",
     )
+    head_start: str = option(
+        EXACT, "the head to begin with: exact, fitted on the frozen network's features (LP-FT), or random, with which the first "
+        "steps distort them, to compare with; nothing is mixed then (default: exact)",
+        choices=(EXACT, RANDOM),
+    )  # fmt: skip
     split: str | None = option(None, "the split to train on (default: train)", metavar="NAME")
     min_class_size: int = option(2, "refuse classes with fewer images (default: 2)", check=at_least(1))
     memory: int | float | str | None = option(

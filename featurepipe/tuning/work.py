@@ -47,7 +47,7 @@ from featurepipe.training.train import UNCHANGED, labels_name, roles_asked
 from featurepipe.training.tuning import search
 from featurepipe.tuning.activations import step_seconds
 from featurepipe.tuning.loop import Examples, Model, Rows, TuningCheckpoint, TuningObjective, digest_of, score_rows
-from featurepipe.tuning.options import Schedule, TuneOptions
+from featurepipe.tuning.options import RANDOM, Schedule, TuneOptions
 from featurepipe.tuning.peers import Peers
 from featurepipe.tuning.runs import MIXES, TunedCut, TunedRun, TuningContext, adopt_best_mix, told_runs, tuned_runs
 
@@ -118,10 +118,14 @@ class TuningWork(ABC):
     def about(self) -> dict[str, Any]:
         """What is tuned, as JSON values."""
 
-    def exact_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The head on the frozen bottleneck, its penalty chosen on the validation rows, as an affine map."""
-        division = self.task.division
-        self.leave_out(self.fill_frozen(self.learned_from), say)
+    def first_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The affine map to begin with: exact on the frozen bottleneck, its penalty chosen on validation rows; or random."""
+        if not self.is_scratch:
+            self.leave_out(self.fill_frozen(self.learned_from), say)
+        if self.begins_random:
+            random, outputs = np.random.default_rng(self.options.seed), max(1, len(self.task.classes))
+            weight = random.uniform(-1, 1, (outputs, self.body.width)) / np.sqrt(self.body.width)
+            return self.objective.to_target(weight, np.zeros(outputs))
         division = self.task.division
         self.recipe = self.recipe.with_params(search(self.task, self.recipe, jobs=1, say=say, climbs=True).params)
         return linear_map(fit(self.task, self.recipe, division.train, say))
@@ -180,6 +184,11 @@ class TuningWork(ABC):
     def is_scratch(self) -> bool:
         """Whether the network has learned nothing before."""
         return self.options.is_from_images and self.backbone.is_random
+
+    @property
+    def begins_random(self) -> bool:
+        """Whether the head at least has learned nothing before."""
+        return self.is_scratch or self.options.head_start == RANDOM
 
     def epoch_seconds(self) -> float:
         """How long an epoch takes, from a few steps on noise; validation, which takes no gradients, counts a third."""
@@ -298,7 +307,7 @@ def _starting_head(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The head to start from; after a stop the one that the tuning began with, whose penalty may have taken long to choose."""
     if work.is_scratch:
-        return work.exact_head(say)
+        return work.first_head(say)
     kept = TuningCheckpoint(_checkpoints(folder) / HEAD_FILE, digest_of(_facts(work)))
     if (found := kept.read()) is not None:
         say("going on with the head of the tuning that was stopped")
@@ -307,7 +316,7 @@ def _starting_head(
         work.recipe = work.recipe.with_params(json.loads(found["params"]))
         return found["weight"].numpy(), found["bias"].numpy()
     before = work.task.division
-    weight, bias = work.exact_head(say)
+    weight, bias = work.first_head(say)
     lost = np.setdiff1d(_rows_of(before), _rows_of(work.task.division))
     arrays = {"weight": weight, "bias": bias, "lost": lost.astype(np.int64)}
     texts = {"params": work.recipe.params, "unreadable": work.unreadable}
@@ -355,15 +364,20 @@ def _best_published(
     work.task, work.recipe = first.task, first.recipe
     model, frozen = context.start(best.shard.cut)
     options = work.options
-    shares = MIXES[-1:] if work.is_scratch else MIXES if options.interpolate else MIXES[:: len(MIXES) - 1]
+    shares = MIXES[-1:] if work.begins_random else MIXES if options.interpolate else MIXES[:: len(MIXES) - 1]
     examples, rows = work.examples_of(work.learned_from), work.task.division.validation
     kept, mixes = adopt_best_mix(model, frozen, best.tuning.best, shares, examples, work.objective, rows)
     if len(works) > 1:
         say(f"kept: the cut at {best.shard.cut}, which is best on the validation images")
-    if not work.is_scratch:
+    if not work.begins_random:
         say(mix_text(mixes, kept, work.objective.measure))
     elif options.interpolate:
-        say("nothing is mixed: random weights, from which the network started, have nothing to give")
+        what = (
+            "random weights, from which the network started, have"
+            if work.is_scratch
+            else "a random head, which it began with, has"
+        )
+        say(f"nothing is mixed: {what} nothing to give")
     about = {
         **work.about(),
         "schedule": asdict(work.schedule),

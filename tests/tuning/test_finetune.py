@@ -296,6 +296,21 @@ def test_numbers_and_several_labels_are_tuned_too(piles, store, tmp_path) -> Non
     assert bundle.target_type == "multilabel"
 
 
+def test_all_is_tuned_at_once_from_a_random_head_on_request(store, tmp_path, capsys) -> None:
+    exact, random = (
+        finetune(store, from_node=CUT, out=tmp_path / start, head_start=start, **{**FAST, "silent": False})
+        for start in ("exact", "random")
+    )
+    assert "nothing is mixed: a random head, which it began with, has nothing to give" in capsys.readouterr().err
+    assert (random["tuning"]["mix"], [*random["tuning"]["mixes"]]) == (1, ["1"])
+    assert exact["tuning"]["runs"][0]["history"][0]["score"] > 0.8
+    first, *_, last = random["tuning"]["runs"][0]["history"]
+    assert first["score"] < 0.35  # ten digits
+    assert last["score"] > first["score"] + 0.2
+    again = finetune(store, from_node=CUT, out=tmp_path / "again", head_start="random", **FAST)
+    assert again["tuning"]["runs"][0]["history"][-1]["loss"] == last["loss"]
+
+
 def test_a_loss_that_is_no_number_names_a_lower_rate(store, tmp_path) -> None:
     with pytest.raises(UsageError, match=r"not a number in epoch 1.*rate='0\.001'"):
         finetune(store, from_node=CUT, out=tmp_path / "b", **{**FAST, "rate": 1e30})
