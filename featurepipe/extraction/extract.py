@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from featurepipe.backbones import Column, default_backbone
+from featurepipe.backbones import Column, default_backbone, load_backbone
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor, executor_on
 from featurepipe.extraction.compute import compute
@@ -188,8 +188,14 @@ def extract(
 def network_for(
     store: FeatureStore | str | PathLike[str], name: str | None, weights: str, say: Callable[[str], None]
 ) -> str:
-    """The network that is asked for, or the usual one (see `featurepipe.backbones.loading.default_backbone`)."""
-    if name not in (None, AUTO):
+    """The network that is asked for, or the usual one (see `featurepipe.backbones.loading.default_backbone`).
+
+    Raises:
+        UsageError: Its name, or that of the weights, is unknown: said before there is a store.
+    """
+    if name is not None and name != AUTO:
+        if ":" not in name:  # a user's own code runs once, when its turn comes
+            load_backbone(name, weights)
         return name
     kept = existing_store(store)
     return default_backbone(weights, {space.backbone for space in kept.spaces()} if kept else (), say)

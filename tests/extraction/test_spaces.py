@@ -13,6 +13,7 @@ from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine, PrecisionChoice
 from featurepipe.errors import UsageError
 from featurepipe.extraction import prepare
+from featurepipe.extraction.extract import extract
 from featurepipe.features import session as session_module
 from featurepipe.features import settings as auto
 from featurepipe.images.decode import DECODING, decoding_fields
@@ -407,6 +408,13 @@ def test_wrong_arguments_are_refused_before_any_work(album, run, options, messag
         run(album.root, **options)
     assert run.reads == 0
     assert not list(run.path.glob("spaces/*/parts/*"))
+
+
+def test_an_unknown_network_leaves_no_store_behind(album, tmp_path):
+    for asked in ({"backbone": "lenet6"}, {"backbone": "resnet50", "weights": "IMAGNET"}):
+        with pytest.raises(UsageError, match="unknown"):
+            extract(album.root, tmp_path / "store", **asked)
+        assert not (tmp_path / "store").exists()
 
 
 def test_fingerprints_do_not_depend_on_the_process(launcher, album, run):
