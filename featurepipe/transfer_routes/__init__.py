@@ -1,1 +1,1 @@
-"""``featurepipe routes``: use a network as it is, freeze it, or tune it? MeasuredRoute on the user's own images."""
+"""``featurepipe routes``: use a network as it is, freeze it, or tune it? Measured on the user's own images."""
