@@ -23,7 +23,7 @@ from featurepipe.execution.executor import Worker
 from featurepipe.layer_depth.measure import Timing
 from featurepipe.reporting.report import write_report
 from featurepipe.store import FeatureStore
-from featurepipe.transfer_routes import measure, similarity
+from featurepipe.transfer_routes import measure, similarity, trials
 from featurepipe.transfer_routes.answers import plan_text, text
 from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.transfer_routes.similarity import layer_distances
@@ -37,8 +37,9 @@ FAST: dict[str, Any] = {"sizes": (5, "all"), "seeds": 2, "epochs": 2, "rate": 3e
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_timing() -> Iterator[None]:
-    """Timing each node takes a second or more and is tested with the backbones."""
+    """Timing each node takes a second or more and is tested with the backbones; so are all shares, with the heads."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "SHARES", (0.1, 0.5))
         patch.setattr(
             Timing,
             "measure",
