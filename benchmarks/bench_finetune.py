@@ -32,7 +32,7 @@ import torch
 
 import featurepipe as fp
 from benchmarks import record
-from featurepipe.backbones.tail import Tail, trainable
+from featurepipe.backbones.tail import Tail, Trunk
 from featurepipe.store import FeatureStore
 
 RATES = (3e-4, 1e-3)
@@ -110,11 +110,10 @@ def cost_of_steps(args: argparse.Namespace) -> dict[str, Any]:
     """Processor milliseconds an image of a step, median of rounds, and the tail's share."""
     backbone = fp.load_backbone(args.backbone, args.weights)
     tail = Tail(backbone, args.cut)
-    whole = trainable(backbone.module).to(memory_format=torch.channels_last)
+    whole = Trunk(backbone)
     noise = torch.Generator().manual_seed(0)
     stored = torch.randn(args.batch, *tail.input_shape, generator=noise)
-    images = torch.randn(args.batch, *backbone.preprocessing.input_shape, generator=noise)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (args.batch, *whole.input_shape), generator=noise, dtype=torch.uint8)
     times: dict[str, list[float]] = {"tail": [], "whole network": []}
     for number in range(args.rounds + 1):
         for name, network, inputs in (("tail", tail, stored), ("whole network", whole, images)):
