@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.local import executor_on
 from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOptions, places
@@ -216,10 +218,16 @@ def _computed(
     names = list(dict.fromkeys([*(column.column for column in columns), *wanted.further]))
 
     def run(source: Any, dataset: str | None, weights: str) -> dict[str, Any]:
-        return extract(
+        record = extract(
             source, store, dataset=dataset, backbone=name, weights=weights, nodes=names,
             dry_run=dry_run, silent=wanted.silent, **extraction,
         )  # fmt: skip
+        if first := next(iter(record.get("rejects", ())), None):
+            say(
+                f"left out: {counted(record['counts']['rejected'], 'image')} that cannot be used, such as {first['id']} "
+                f"({first['reason']}); all: featurepipe runs {shlex.quote(str(store.path))} --rejects"
+            )
+        return record
 
     dataset, shifted = _names(wanted, extraction.get("only_under"))
     records = [run(wanted.source, dataset, wanted.weights)]

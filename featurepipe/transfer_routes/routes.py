@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ from featurepipe.display import counted, size
 from featurepipe.errors import DiskFull, FeaturepipeError, Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor, executor_on
+from featurepipe.features.reading import opened
 from featurepipe.features.session import NetworkName
 from featurepipe.features.settings import Machine
 from featurepipe.layer_depth.document import provenance
@@ -33,7 +35,7 @@ from featurepipe.layer_depth.phases import EXTRACT, MEASURE, Phases
 from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, choose_columns, columns_of_space
 from featurepipe.option_groups import as_asked, declared
-from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier
+from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier, told_apart
 from featurepipe.progress import Silent, announcer, show, spoken
 from featurepipe.reporting.from_store import last_source
 from featurepipe.reporting.report import check_target, write_report
@@ -67,7 +69,7 @@ from featurepipe.transfer_routes.options import (
     TAIL,
     RoutesOptions,
 )
-from featurepipe.transfer_routes.similarity import similarity
+from featurepipe.transfer_routes.similarity import similarity, source_options
 from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
 from featurepipe.transfer_routes.trials import Route, RoutesContext, RoutesImages, RouteTrial
 from featurepipe.tuning.from_images import check_room, located, precision_of, recorded_source
@@ -194,6 +196,7 @@ def routes(
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code)
     with executor_on(None if dry_run else cluster, say=say) as executor:
         plan = _planned(wanted, options)
+        _check_own_classes(plan, options, labels, extraction or {})
         arguments = {**(extraction or {}), "cluster": executor}
         if dry_run:
             return _outlook(extracted(plan.wanted, dict(arguments), dry_run=True, say=say), plan, options)
@@ -211,8 +214,11 @@ def routes(
         )
         journal = Journal(found.store.depth_journal(found.dataset))
         with clock.phase(COMPARE):
-            alike = _similarity(found, loaded, extraction or {}, journal, executor)
-            timing = TimedForward(executor, replace(found.timing(), nodes=_nodes(found, plan)))
+            alike = _similarity(found, study, loaded, extraction or {}, journal, executor)
+            nodes = _nodes(found, plan)
+            timing = TimedForward(executor, replace(found.timing(), nodes=nodes))
+            if journal.known(timing.key) is None:
+                say(f"{COMPARE}: the images are; now timing the network up to {counted(len(nodes), 'node')}")
             times = least_disturbed(timing, journal)
         expected, trials = TrialTimes(context, times["milliseconds"]), trials_of(context, ways)
         with (
@@ -275,7 +281,7 @@ def routes(
 def _expected(trials: Sequence[RouteTrial], journal: Journal, expected: TrialTimes, options: RoutesOptions) -> str:
     """About how long measuring takes, and how much of that a budget allows."""
     seconds = sum(expected.seconds(trial) for trial in missing_of(trials, journal, expected))
-    limit = "" if options.budget is None else f", of which the budget allows {options.budget:,g} s"
+    limit = "" if options.budget is None else f", of which the budget allows {spoken(options.budget)}"
     return f"; about {spoken(seconds)} for what is not measured yet{limit}" if seconds else "; all is measured already"
 
 
@@ -396,7 +402,9 @@ class _Plan:
             UsageError: It was.
         """
         if options.routes is not None:
-            raise UsageError(Message(f"the route {kind} cannot be taken: {why}. Leave it out of ", Option("routes")))
+            raise UsageError(
+                Message(f"the route {kind} cannot be taken: ", why, ". Leave it out of ", Option("routes"))
+            )
         self.unable[kind] = why
 
 
@@ -622,6 +630,7 @@ def _with_weights(found: Extracted, plan: _Plan, trust_code: bool | Collection[s
 
 def _similarity(
     found: Extracted,
+    study: RoutesStudy,
     loaded: _Loaded | UsageError,
     extraction: Mapping[str, Any],
     journal: Journal,
@@ -637,11 +646,47 @@ def _similarity(
     space = found.store.space(found.spaces[PRETRAINED])
     return similarity(
         source, network, found.machine, space.fields, extraction, weights=name.weights, seed=name.seed,
-        snapshot=found.store.snapshot_ids(found.dataset)[-1], journal=journal, executor=executor,
+        images=hashlib.sha256(np.sort(study.every.images.keys64)).hexdigest(), journal=journal, executor=executor,
     )  # fmt: skip
 
 
-def _places(network: Backbone, study: RoutesStudy, options: RoutesOptions) -> tuple[Any, str]:
+def _check_own_classes(plan: _Plan, options: RoutesOptions, labels: Any, extraction: Mapping[str, Any]) -> None:
+    """Refuses a network's own classes that were asked for, before images are computed, as far as their listing tells.
+
+    Raises:
+        UsageError: None of the labels is one of them.
+    """
+    source = plan.wanted.source
+    if options.routes is None or AS_IT_IS not in options.kinds or is_store(source):
+        return
+    if labels is not None or options.label is not None:
+        return  # they are joined to images that are known
+    with closing(opened(source, source_options(extraction))) as images:
+        listed = sorted({label for label in images.scan().column("label").to_pylist() if label is not None})
+    network = load_backbone(_network_name(plan.wanted), plan.wanted.weights)
+    classes = told_apart(network.classes)
+    if listed and classes and not _are_known(_matched(classes, listed, options), listed):
+        plan.refuse(AS_IT_IS, _unmatched(network, listed), options)
+
+
+def _matched(classes: Sequence[str], labels: list[str], options: RoutesOptions) -> LabelsOfClasses:
+    if options.mapping is None:
+        return LabelsOfClasses.by_name(classes, labels)
+    return LabelsOfClasses.given(options.mapping, classes)
+
+
+def _are_known(matched: LabelsOfClasses, labels: list[str]) -> bool:
+    return any(label in labels for label in matched.labels)
+
+
+def _unmatched(network: Backbone, labels: list[str]) -> Message:
+    return Message(
+        f"none of the labels ({', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}) is the name of a class that "
+        f"{network.name} was trained on; which class means which label can be said with ", Option("mapping", "FILE.csv")
+    )  # fmt: skip
+
+
+def _places(network: Backbone, study: RoutesStudy, options: RoutesOptions) -> tuple[Any, str | Message]:
     """Which label each of the network's own classes means, (K,) with -1 for none; or None, and why."""
     if options.target_type != "multiclass":
         return None, "the network's own classes exclude one another, and are neither numbers nor several labels"
@@ -650,16 +695,8 @@ def _places(network: Backbone, study: RoutesStudy, options: RoutesOptions) -> tu
     except FeaturepipeError as error:
         return None, str(error)
     labels = list(map(str, study.every.classes))
-    matched = (
-        LabelsOfClasses.by_name(own.classes, labels)
-        if options.mapping is None
-        else LabelsOfClasses.given(options.mapping, own.classes)
-    )
-    known = [label in labels for label in matched.labels]
-    if not any(known):
-        return None, (
-            f"none of the labels ({', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}) is the name of a class that "
-            f"{network.name} was trained on; a mapping of its classes to labels can be given (mapping)"
-        )
+    matched = _matched(own.classes, labels, options)
+    if not _are_known(matched, labels):
+        return None, _unmatched(network, labels)
     number = np.array([labels.index(label) if label in labels else -1 for label in matched.labels] + [-1], np.int64)
     return number[matched.places], ""

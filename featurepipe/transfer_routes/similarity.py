@@ -144,7 +144,7 @@ def similarity(
     *,
     weights: str,
     seed: int,
-    snapshot: str,
+    images: str,
     journal: Journal,
     executor: Executor,
 ) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def similarity(
         extraction: further arguments of ``extract``, of which those count that say how the source is opened.
         weights: as any process can load them.
         seed: of random weights.
-        snapshot: names the images as they are.
+        images: names the images as they are, so that the same images are not looked at again in another snapshot.
         journal: keeps what is found.
         executor: who computes.
 
@@ -168,18 +168,15 @@ def similarity(
     """
     if backbone.is_random:
         return {"relative": None, "why": "the weights are random: the network was trained on nothing"}
-    key = key_of(
-        what="similarity of training", version=1, network=backbone.identity(), snapshot=snapshot, images=SAMPLED
-    )
+    key = key_of(what="similarity of training", version=2, network=backbone.identity(), images=images, sampled=SAMPLED)
 
     def find() -> dict[str, Any] | None:
-        options = SourceOptions(**{name: value for name, value in extraction.items() if name in _OF_SOURCES})
-        with closing(opened(source, options)) as images:
-            listing = images.scan().combine_chunks()
+        with closing(opened(source, source_options(extraction))) as listed:
+            listing = listed.scan().combine_chunks()
             rows = np.random.default_rng(0).permutation(listing.num_rows)
             asked = Options(backbone=backbone.name, weights=weights, seed=seed)
             session = Session.of(backbone, tuple(backbone.columns(["bottleneck"])), machine, asked)
-            context = SampleContext.on(executor, session, images)
+            context = SampleContext.on(executor, session, listed)
             sample = Sample(listing, rows, SAMPLED)
             return executor.once(measure_distance, (sample, intensity_of(fields["decoding"])), context=context)
 
@@ -200,4 +197,7 @@ def similarity(
     return {**found, "method": METHOD, "different": DIFFERENT}
 
 
-_OF_SOURCES = frozenset(SourceOptions.__dataclass_fields__)
+def source_options(extraction: Mapping[str, Any]) -> SourceOptions:
+    """Of the arguments of ``extract``, those that say how a source is opened."""
+    names = SourceOptions.__dataclass_fields__
+    return SourceOptions(**{name: value for name, value in extraction.items() if name in names})

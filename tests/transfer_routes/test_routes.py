@@ -23,7 +23,7 @@ from featurepipe.execution.executor import Worker
 from featurepipe.layer_depth.measure import Timing
 from featurepipe.reporting.report import write_report
 from featurepipe.store import FeatureStore
-from featurepipe.transfer_routes import measure, similarity, trials
+from featurepipe.transfer_routes import measure, routes, similarity, trials
 from featurepipe.transfer_routes.answers import plan_text, text
 from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.transfer_routes.similarity import layer_distances
@@ -240,6 +240,40 @@ def test_the_page_says_what_was_found(answer: dict[str, Any], tmp_path: Path) ->
     assert "has no class names of its own" in page
     without = write_report(answer, tmp_path / "page.html", silent=True).read_text()
     assert "the weights are random: the network was trained on nothing" in without
+
+
+def test_own_classes_that_no_label_names_are_refused_before_images_are_computed(piles: Path, tmp_path: Path) -> None:
+    said = r"as-it-is cannot be taken: none of the labels \(0, 1, 2, \.\.\.\) is the name of a class .* mapping='FILE\.csv'"
+    with pytest.raises(UsageError, match=said):
+        fp.routes(piles, tmp_path / "store", backbone="efficientnet_lite0", routes="as-it-is,bottleneck", silent=True)
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_image_that_cannot_be_used_is_said_and_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(routes, "similarity", lambda *_, images, **__: asked.append(images) or {"relative": None})
+    album = draw(tmp_path, count=60)
+    words = {
+        **NETWORK,
+        **FAST,
+        "silent": False,
+        "sizes": "all",
+        "routes": "bottleneck",
+        "extraction": {"max_rejects": 2},
+    }
+    before = fp.routes(album, tmp_path / "store", **words)
+    assert "left out" not in capsys.readouterr().err
+    (album / "1" / "broken.png").write_bytes(b"no picture")
+    after = fp.routes(album, tmp_path / "store", **words)
+    assert "left out: 1 image that cannot be used, such as 1/broken.png (not-an-image: " in (
+        said := capsys.readouterr().err
+    )
+    assert f"all: featurepipe runs {tmp_path / 'store'} --rejects" in said
+    assert after["results"] == before["results"]
+    assert after["counts"]["rejected"] == 1
+    assert asked[0] == asked[1]  # so that the journal knows what was compared before
 
 
 def test_the_distance_of_a_layer_is_that_of_its_statistics() -> None:
