@@ -218,7 +218,7 @@ def routes(
             nodes = _nodes(found, plan)
             timing = TimedForward(executor, replace(found.timing(), nodes=nodes))
             if journal.known(timing.key) is None:
-                say(f"{COMPARE}: the images are; now timing the network up to {counted(len(nodes), 'node')}")
+                say(f"{COMPARE}: the images are compared; timing the network up to {counted(len(nodes), 'node')}")
             times = least_disturbed(timing, journal)
         expected, trials = TrialTimes(context, times["milliseconds"]), trials_of(context, ways)
         with (
