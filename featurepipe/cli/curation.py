@@ -12,6 +12,7 @@ from featurepipe.cli.options import (
     add_store,
     cluster,
     define,
+    existing_source,
     existing_store,
     options,
 )
@@ -67,6 +68,8 @@ def add_select(command: ArgumentParser) -> None:
 
 def similar(args: Namespace) -> int:
     """Runs ``featurepipe similar``."""
+    for given in (*args.query, args.source):
+        existing_source(given)
     from featurepipe.curation.similar import similar as find
     from featurepipe.curation.similar import similar_text
 
@@ -88,6 +91,7 @@ def _is_source(name: str) -> bool:
 
 def labels(args: Namespace) -> int:
     """Runs ``featurepipe labels``."""
+    existing_source(args.source)
     from featurepipe.curation.suspects import labels as check
     from featurepipe.curation.suspects import labels_text, plan_text
 
@@ -104,6 +108,7 @@ def labels(args: Namespace) -> int:
 
 def outliers(args: Namespace) -> int:
     """Runs ``featurepipe outliers``."""
+    existing_source(args.source)
     from featurepipe.curation.outliers import outliers as find
     from featurepipe.curation.outliers import outliers_text
 
@@ -114,6 +119,7 @@ def outliers(args: Namespace) -> int:
 
 def select(args: Namespace) -> int:
     """Runs ``featurepipe select``."""
+    existing_source(args.source)
     from featurepipe.curation.next_to_label import select as choose
     from featurepipe.curation.next_to_label import select_text
 

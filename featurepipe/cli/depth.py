@@ -16,6 +16,7 @@ from featurepipe.cli.options import (
     cluster,
     counted,
     define,
+    existing_bundle,
     existing_source,
     existing_store,
     given,
@@ -54,7 +55,8 @@ def add_depth(command: ArgumentParser) -> None:
 
 def run_depth(args: Namespace) -> int:
     """Runs the command."""
-    existing_source(args.source)
+    for one in (args.source, args.test_source):
+        existing_source(one)
     from featurepipe.layer_depth.depth import depth
     from featurepipe.layer_depth.text import plan_text, text
 
@@ -150,6 +152,10 @@ def _nights(args: Namespace) -> Path:
 
 
 def _findings(args: Namespace) -> Path:
+    for one in (args.source, args.test_source):
+        existing_source(one)
+    if args.bundle is not None:
+        existing_bundle(args.bundle)
     from featurepipe.reporting.from_store import report
 
     return report(

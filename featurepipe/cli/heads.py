@@ -171,8 +171,7 @@ def add_predict(command: ArgumentParser) -> None:
 def run_predict(args: Namespace) -> int:
     """Runs the command; rejects make the exit code."""
     bundle, source = bundle_and(args, "source")
-    if source is not None:
-        existing_source(source)
+    existing_source(source)
     from featurepipe.prediction.predict import predict, text
 
     result = predict(

@@ -158,12 +158,14 @@ def counted(text: str) -> int:
     return int(text)
 
 
-def existing_source(given: str) -> None:
-    """Checks that a local source is there, before anything is loaded, or said of it.
+def existing_source(given: str | None) -> None:
+    """Checks that a local source is there, before anything is loaded, or said of it; None is none that was named.
 
     Raises:
         UsageError: There is no such file or folder; names the nearest.
     """
+    if given is None:
+        return
     path = os.path.expanduser(given)  # noqa: PTH111 (Path raises where there is no such user)
     is_there = os.path.lexists(path) or unsearchable(path)  # what may not be looked at is refused where it is opened
     if not is_there and "://" not in given and not glob.has_magic(path):

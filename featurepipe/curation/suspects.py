@@ -255,6 +255,8 @@ def planned(features: FeatureSet, *, folds: int = 5, seed: int = 0, timed: bool 
             return _fitted_to_numbers(features, features, np.sort(drawn[:count]), np.asarray(targets, np.float64))
         return _fitted(features, features, np.union1d(of_each, drawn[:count]), codes)
 
+    if timed:
+        fit(2)  # loads what fits, which would be taken for the time of the first of those that are timed
     fits = folds * (len(features.target_names) or 1)
     seconds = float(f"{fits * time_of(fit, rows, steepest=1):.2g}") if timed else None  # no estimate is better
     return {

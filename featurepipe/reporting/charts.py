@@ -48,6 +48,8 @@ Figure = Any
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _TICK = 22  # characters of a label under an axis
 _SLANTED, _LEVEL = 16, 30  # labels that fit side by side on a phone, and one above the other
+TWO_LINES = 8
+"""Names below a plot that have room for two level lines each on a desk."""
 _CARD = (  # narrow enough to fit beside any point on a phone
     "background:var(--card);color:var(--ink);box-sizing:border-box;max-width:min(15rem,42vw);margin:-5px;padding:8px 10px;"
     "font:13px/1.4 var(--sans)"
@@ -97,20 +99,42 @@ def label_axis(axis: Any, text: str, *, shares: bool = False) -> None:
         axis.formatter = NumeralTickFormatter(format="0.[0] %")
 
 
-def name_places(axis: Any, names: Sequence[str], *, slanted: bool = False, every: bool = False) -> None:
+def name_places(
+    axis: Any, names: Sequence[str], *, slanted: bool = False, every: bool = False, two_lines: bool = False
+) -> None:
     """Names the places 0, 1, ... of an axis; where they are many, only some, so that labels stay apart on a phone.
 
-    With ``every`` all have names, in smaller letters where they are many.
+    With ``every`` all have names, in smaller letters where they are many. With ``two_lines`` a few names stand level, in two
+    lines each, wherever the page finds that they fit (the tag is for ``page.js``); elsewhere they are ``slanted``.
     """
     many = -(-len(names) // (_SLANTED if slanted else _LEVEL))
     labels = dict(list(enumerate(tick_names(names)))[:: 1 if every else max(many, 1)])
     if every and many > 1:
         axis.major_label_text_font_size = "9px"
+    longest = max(map(len, labels.values()), default=0)
+    if two_lines and len(labels) <= TWO_LINES:
+        labels = {place: in_two_lines(text) for place, text in labels.items()}
+        axis.tags = ["level where it fits"]
+        longest = max((len(line) for text in labels.values() for line in text.split("\n")), default=0)
     axis.ticker = FixedTicker(ticks=list(labels))
     axis.major_label_overrides = {place: PlainText(text=text) for place, text in labels.items()}
     axis.major_tick_line_color = None
     if slanted:
-        axis.major_label_orientation = 0.9 if max(map(len, labels.values()), default=0) <= 14 else 1.25  # stays inside
+        axis.major_label_orientation = 0.9 if longest <= 14 else 1.25  # stays inside
+
+
+def in_two_lines(name: str) -> str:
+    r"""Breaks a name after the colon or at the space that leaves the shorter lines; one without either stays.
+
+    Example:
+        >>> in_two_lines("blocks.10:avg8x8")
+        'blocks.10:\navg8x8'
+    """
+    breaks = [place + 1 for place, sign in enumerate(name[:-1]) if sign in ": " and place]
+    if not breaks:
+        return name
+    place = min(breaks, key=lambda place: max(place, len(name) - place))
+    return f"{name[:place].rstrip()}\n{name[place:]}"
 
 
 def tick_names(names: Sequence[str]) -> list[str]:

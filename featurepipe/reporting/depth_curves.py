@@ -27,7 +27,7 @@ from featurepipe.reporting.blocks import (
     plain,
     series,
 )
-from featurepipe.reporting.charts import blank, draw_points, draw_series, hover, label_axis, name_places
+from featurepipe.reporting.charts import TWO_LINES, blank, draw_points, draw_series, hover, label_axis, name_places
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -101,8 +101,8 @@ def _depth_panel(
     y_range: DataRange1d,
 ) -> Any:
     plot = blank(paint, height=430, y_range=y_range)
-    name_places(plot.xaxis[0], columns, slanted=True)
-    plot.x_range.range_padding = 0.06
+    name_places(plot.xaxis[0], columns, slanted=True, two_lines=True)
+    plot.x_range.range_padding = 0.16 if len(columns) <= TWO_LINES else 0.06  # room beside the first and last name
     measure = measure_of(rows[0])
     label_axis(plot.yaxis[0], measure.word, shares=measure.is_share)
     plot.xgrid[0].visible = False
@@ -263,7 +263,7 @@ def cost_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
         tuple(panels),
         (*keys, *ring_key(rings)),
         chosen=True,
-        note="What the network costs up to a node, not the head. The table of all nodes has these numbers.",
+        note="What a network costs up to a node, not the head. The table of all nodes has these numbers.",
     )
 
 
@@ -306,8 +306,15 @@ def _costs_spoken(title: str, rows: Results, costs: Mapping[str, float]) -> str:
 
 
 def _cost_summary(results: Results, heads: Sequence[str], columns: Sequence[Mapping[str, Any]]) -> str:
-    """What half of the operations buy, for each head."""
+    """What half of the operations buy, for each head; where only times are known, what the best costs."""
     costs = {str(node["column"]): finite(node.get("cost")) for node in columns}
+    if not any(costs.values()):
+        times = {str(node["column"]): milliseconds(node.get("ms_per_image")) for node in columns}
+        tops = (max((row for row in results if row["head"] == head), key=lambda row: row["value"]) for head in heads)
+        return " ".join(
+            f"{top['head']}: {measure_of(top).text(top['value'])} at most, at {times[top['column']]} ms per image."
+            for top in tops
+        )
     words = []
     for head in heads:
         own = [row for row in results if row["head"] == head]

@@ -255,10 +255,16 @@ def rejects(document: Document, images: Mapping[str, str]) -> Section | None:
     more = f" The first {len(shown)} are shown." if found["count"] > len(shown) else ""
     words = f"{counted(found['count'], 'image', 'was', 'were')} rejected: no other part of this page counts them.{more}"
     pictures = (
-        Picture(images.get(one["id"]), f"Image {one['id']}: {one['reason']}", one["id"], (str(one["reason"]),))
+        Picture(images.get(one["id"]), f"Image {one['id']}: {one['reason']}", one["id"], _reason(one["reason"]))
         for one in shown
     )
     return Section("rejects", "Rejects", [Prose((words,)), Gallery(tuple(pictures))])
+
+
+def _reason(reason: object) -> tuple[str, ...]:
+    """Why an image was rejected in two lines: its kind, such as ``truncated``, and what was seen of it."""
+    kind, _, seen = str(reason).partition(": ")
+    return tuple(filter(None, (kind, seen)))
 
 
 def provenance(document: Document, facts: Document) -> Section | None:

@@ -37,7 +37,7 @@ def network_sections(document: Document, paint: Paint) -> list[Section]:
     curves = cost_curves(_merged(document, found), paint)
     return [
         Section("answer", "Answer", _answer(document)),
-        *([Section("cost", f"{measure_of(document).title} against cost", [curves])] if curves else []),
+        *([Section("cost", curves.title, [curves])] if curves else []),
         Section("networks", "Networks", [_network_table(document, found)]),
         Section("nodes", "All layers of all networks", [_layer_table(document, found)]),
     ]
@@ -46,12 +46,14 @@ def network_sections(document: Document, paint: Paint) -> list[Section]:
 def _answer(document: Document) -> list[Any]:
     best, measure = document["recommended"], measure_of(document)
     bounds = measure.interval(best.get("low"), best.get("high"))
-    named = f"{best['column']} of {best['backbone']} with a {best['head']} head"
+    of = {_name(one): one for one in document["networks"]}
+    named = f"{called(best['column'], of[best['backbone']])} of {best['backbone']} with a {best['head']} head"
     sentence = f"Take {named}: {measure.text(best['value'])} {measure.word}."
     other = (
         "No layer of any network did better."
         if (best["best_backbone"], best["best"]) == (best["backbone"], best["column"])
-        else f"The {measure.best} layer, {best['best']} of {best['best_backbone']}, reaches {measure.text(best['best_value'])}."
+        else f"The {measure.best} layer, {called(best['best'], of[best['best_backbone']])} of {best['best_backbone']}, reaches "
+        f"{measure.text(best['best_value'])}."
     )
     figures = (
         (measure.title, measure.text(best["value"]), bounds),
@@ -80,11 +82,12 @@ def _merged(document: Document, found: Sequence[Document]) -> dict[str, Any]:
         for node in one["columns"]:
             rows = [row for row in one["results"] if row["column"] == node["column"] and is_main(row)]
             if rows:
-                title = f"{name} {node['column']}"
+                title = f"{name} {called(str(node['column']), one)}"
                 results.append({**max(rows, key=lambda row: row["value"]), "column": title, "head": name})
                 columns.append({"column": title, "ms_per_image": node.get("ms_per_image")})
     best = document["recommended"]
-    chosen = {"column": f"{best['backbone']} {best['column']}", "head": best["backbone"]}
+    own = next(one for one in found if _name(one) == best["backbone"])
+    chosen = {"column": f"{best['backbone']} {called(str(best['column']), own)}", "head": best["backbone"]}
     return {"measure": measure_of(document).name, "results": results, "columns": columns, "recommended": chosen}
 
 

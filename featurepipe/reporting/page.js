@@ -14,6 +14,20 @@
     document.documentElement.dataset.plots = is_dark ? "dark" : "light";
   }
 
+  // A few names below a plot stand level where they fit side by side, and slanted elsewhere.
+  const pen = document.createElement("canvas").getContext("2d");
+  const slants = new Map();
+  function level(plot) {
+    const axis = plots.get_model_by_id(plot.closest(".panel").id.slice("panel-".length)).below[0];
+    if (!axis?.tags.includes("level where it fits") || plot.clientWidth === 0) return;
+    if (!slants.has(axis)) slants.set(axis, axis.major_label_orientation);
+    pen.font = `${axis.major_label_text_font_size} ${axis.major_label_text_font}`;
+    const names = Array.from(axis.major_label_overrides.values(), (name) => name.text);
+    const widest = Math.max(...names.flatMap((name) => name.split("\n")).map((line) => pen.measureText(line).width));
+    const frame = plot.clientWidth - 60;
+    axis.major_label_orientation = widest + 10 <= Math.min(frame / names.length, 0.13 * frame) ? 0 : slants.get(axis);
+  }
+
   function await_plots() {
     plots = window.Bokeh?.documents[0] ?? null;
     if (plots === null) {
@@ -22,6 +36,8 @@
     }
     paint(dark.matches);
     dark.addEventListener("change", () => paint(dark.matches));
+    const sizes = new ResizeObserver((changes) => changes.forEach((change) => level(change.target)));
+    for (const plot of document.querySelectorAll(".plot")) sizes.observe(plot);
   }
 
   // Legends: an entry switches models, or the rows of a filter that carry its number.

@@ -28,7 +28,7 @@ from featurepipe.reporting.blocks import (
     finite,
     with_values,
 )
-from featurepipe.reporting.depth_sections import depth_sections, depth_title, elsewhere_section
+from featurepipe.reporting.depth_sections import called, depth_sections, depth_title, elsewhere_section
 from featurepipe.reporting.head_sections import (
     bundle_column,
     bundle_sections,
@@ -82,6 +82,8 @@ def compose(
     depth = document["kind"] in {"depth", "networks"}
     part = document.get("details") or {}
     column = str(part.get("column", "the recommended node")) if depth else bundle_column(document)
+    if document["kind"] == "networks":
+        column = f"{called(column, document)} of {document['backbone']['name']}"
     head = str(part.get("head", "")) if depth else str((document.get("bundle") or {}).get("family", ""))
     sections = [
         *_own_sections(document, paint),

@@ -433,7 +433,7 @@ def _layers(document: Document, paint: Paint) -> Exhibit | Prose | None:
         )
     names = list(found["layers"])
     plot = blank(paint, height=360, y_range=DataRange1d(start=0.0, range_padding=0.1))
-    name_places(plot.xaxis[0], names, slanted=True)
+    name_places(plot.xaxis[0], names, slanted=True, two_lines=True)
     label_axis(plot.yaxis[0], "distance")
     keys, markers = [], []
     for place, (title, values) in enumerate((("your images", found["layers"]), ("noise", found["noise_layers"]))):

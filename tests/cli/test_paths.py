@@ -35,6 +35,14 @@ def here(tmp_path, monkeypatch):
         (["predict", "stamps-bundle", "xyz", "--to", "p.csv"], "xyz: no such file or folder (looked in {here})\n"),
         (["predict", "stamps", "stamps", "--to", "p.csv"], "stamps is not a bundle: it has no bundle.json"),
         (["evaluate", "stamps-bundel", "features"], "nearest: stamps-bundle\n"),
+        (["report", "features", "--to", "p.html", "--bundle", "stamps-bundel"], "nearest: stamps-bundle\n"),
+        (["report", "features", "--to", "p.html", "--source", "stamp"], "nearest: stamps"),
+        (["depth", "features", "--test-source", "stamp"], "nearest: stamps"),
+        (["similar", "features", "stamps", "stamp"], "nearest: stamps"),
+        (["similar", "features", "stamps/1.png"], "stamps/1.png: no such file or folder"),
+        (["labels", "features", "--source", "stamp"], "nearest: stamps"),
+        (["outliers", "features", "--source", "stamp"], "nearest: stamps"),
+        (["select", "features", "--budget", "3", "--source", "stamp"], "nearest: stamps"),
     ],
 )
 def test_a_misspelt_path_is_named_with_the_nearest_at_once(here, monkeypatch, capsys, words, said):

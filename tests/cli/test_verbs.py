@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from featurepipe.cli import curation as cli_curation
 from featurepipe.cli import depth as cli_depth
 from featurepipe.cli import extract as cli_extract
 from featurepipe.cli import heads as cli_heads
@@ -22,9 +23,10 @@ ROUTES = "featurepipe.transfer_routes.routes:routes"
 @pytest.fixture(autouse=True)
 def every_path_is_there(monkeypatch):
     """The paths below are words; those that are not there are refused before a verb is called (test_paths.py)."""
-    for module in (cli_depth, cli_extract, cli_heads):
+    for module in (cli_curation, cli_depth, cli_extract, cli_heads):
         monkeypatch.setattr(module, "existing_source", lambda given: None)
-    monkeypatch.setattr(cli_options, "existing_bundle", lambda given: None)
+    for module in (cli_depth, cli_options):
+        monkeypatch.setattr(module, "existing_bundle", lambda given: None)
 
 
 CASES = {

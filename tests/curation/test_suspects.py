@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import sys
+import time
 from importlib import resources
 
 import numpy as np
@@ -242,6 +243,20 @@ def test_a_dry_run_says_what_would_be_fitted_and_writes_nothing(blobs, tmp_path,
     assert text.endswith("dry run: nothing was checked or written\n")
     assert not (tmp_path / "labels.csv").exists()
     assert sorted(blobs.store.path.rglob("*")) == before
+
+
+def test_what_loads_with_the_first_fit_is_not_taken_for_the_time_of_each(blobs, monkeypatch):
+    monkeypatch.setattr("featurepipe.training.cost.LONG_PILOT", 0.3)
+    fitted = []
+
+    def fit(features, values, rows, codes):
+        fitted.append(len(rows))
+        time.sleep(0.5 if len(fitted) == 1 else 0.0)
+
+    monkeypatch.setattr(module, "_fitted", fit)
+    told = module.planned(blobs.store.features("pile").select(labelled=True))
+    assert told["expected_seconds"] < 10  # not 5 fits of 0.5 s, each times the rows of all by those of a few: 20 s
+    assert fitted[0] <= 6 < fitted[1]  # of four classes
 
 
 def test_a_dry_run_counts_the_fits_of_each_label_and_those_to_numbers(pile):

@@ -256,6 +256,19 @@ def test_nothing_fails_and_nothing_is_fetched(browser, page):
     assert [url for url in browser.requests() if not url.startswith("data:")] == [page.as_uri()]
 
 
+def test_names_of_nodes_stand_level_where_they_fit(browser, page, new_document, tmp_path):
+    """At a desk, also in the file; on a phone, or side by side with another panel, slanted."""
+    document = new_document()
+    document["results"] = [row for row in document["results"] if row["tested_on"] == "source"]
+    alone = write_report(document, tmp_path / "alone.html", silent=True)
+    turned = """Bokeh.documents[0].get_model_by_id(document.querySelector("#curves .panel").id.slice(6))
+        .below[0].major_label_orientation"""
+    for shown, width, is_level in ((alone, 1280, True), (alone, 390, False), (page, 1280, False)):
+        browser.open(shown, width=width)
+        browser.wait_for(f"({turned} === 0) === {str(is_level).lower()}")
+        assert browser.run("document.documentElement.scrollWidth") == width
+
+
 def test_the_policy_stops_what_would_be_fetched_or_run(browser, page):
     """So that the test before means something, and a name that slipped through unescaped could do nothing."""
     browser.open(page)

@@ -429,6 +429,25 @@ def test_many_classes_share_the_legend(document, tmp_path, parsed):
     assert len(html) < 4_500_000
 
 
+def test_few_nodes_are_named_in_two_lines_and_rejects_by_their_kind(document, tmp_path):
+    document["similarity"] = None
+    reason = "not-an-image: starts with GIF9; known are: JPEG"
+    document["rejects"] = {"count": 2, "images": [{"id": "a.png", "reason": reason}, {"id": "b", "reason": "empty"}]}
+    html = page_of(document, tmp_path)
+    axis = html.split('"major_label_overrides":{"type":"map","entries":[', 1)[1].split("]]", 1)[0]
+    lines = [re.split(r"\\+n", name) for name in re.findall(r'"text":"([^"]+)"', axis)]
+    assert lines[3:] == [
+        ["blocks.10:", "avg5x5"],
+        ["blocks.14:", "avg5x5"],
+        ["blocks.15:", "avg5x5"],
+        ["bottleneck:", "gap"],
+    ]
+    assert html.count('"tags":["level where it fits"]') == 2  # here and elsewhere
+    shown = html.split('<section id="rejects"', 1)[1].split("</section>", 1)[0]
+    spans = re.findall(r"<span[^>]*>(.*?)</span>", shown)
+    assert spans == ["not-an-image", "starts with GIF9; known are: JPEG", "a.png", "empty", "b"]
+
+
 def test_many_nodes_have_few_labels_which_can_be_told_apart(document, tmp_path):
     names = [f"features.denseblock1.denselayer{k}.conv2.something:avg2x2" for k in range(40)]
     document["columns"] = [document["columns"][0] | {"column": name} for name in names]
