@@ -18,7 +18,7 @@ import numpy.typing as npt
 from featurepipe import summary
 from featurepipe.display import share, table
 from featurepipe.errors import FeaturepipeError, Message, Option, UsageError
-from featurepipe.progress import duration
+from featurepipe.progress import spoken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,7 +177,7 @@ def _compute(data: Path, store: Path) -> str:
     if not counts["computed"]:
         return f"nothing to compute: the features of all {counts['known']:,} images are in the store"
     known = f", {counts['known']:,} known" if counts["known"] else ""
-    speed = f"{duration(seconds)} min, {record['images_per_second']:,.0f} images/s"
+    speed = f"{spoken(seconds)}, {record['images_per_second']:,.0f} images/s"
     return f"{counts['computed']:,} images computed{known} in {speed}\n{record['verdict']}"
 
 

@@ -10,6 +10,7 @@
     |   +-- Unavailable                  -   it cannot be read now, but perhaps in a moment
     +-- WeightsNotFound                  1   weights are not at hand and cannot be downloaded
     +-- StoreError                       1   the store cannot be read or written
+    |   +-- NoStore (UsageError)         2   there is no store at the path that was given, or something else is
     |   +-- CorruptPart                  1   a part's bytes are not what was committed
     |   +-- StoreMoved                   1   what was listed is gone: the store was compacted meanwhile; begin again
     |   +-- DiskFull                     1   no space left; what was committed is safe
@@ -71,9 +72,12 @@ def on_command_line(option: Option) -> str:
     Example:
         >>> on_command_line(Option("max_rejects", 1)), on_command_line(Option("nodes")), on_command_line(Option("tune", True))
         ('--max-rejects 1', '--node', '--tune')
+        >>> on_command_line(Option("sizes", (5, "all")))
+        '--sizes 5,all'
     """
+    value = ",".join(map(str, option.value)) if isinstance(option.value, tuple) else option.value
     flag = "--" + _ON_COMMAND_LINE.get(option.name, option.name).replace("_", "-")
-    return flag if option.value is None or option.value is True else f"{flag} {shlex.quote(str(option.value))}"
+    return flag if value is None or value is True else f"{flag} {shlex.quote(str(value))}"
 
 
 def in_python(option: Option) -> str:
@@ -214,6 +218,10 @@ class StoreError(FeaturepipeError):
     """The feature store cannot be read or written."""
 
 
+class NoStore(StoreError, UsageError):
+    """There is no feature store at the path that was given, or something else is there."""
+
+
 class CorruptPart(StoreError):
     """A part's bytes are not what was committed."""
 
@@ -295,7 +303,7 @@ def near_paths(path: str, holding: str = "") -> str:
 
     Args:
         path: A local path that is not there.
-        holding: Only folders that hold this file; empty for whatever is there.
+        holding: Only folders that hold this file, whatever they are called; empty for whatever is there.
     """
     where = Path(path)
     try:
@@ -303,8 +311,10 @@ def near_paths(path: str, holding: str = "") -> str:
             names = sorted(entry.name for entry in islice(entries, _NEIGHBOURS))
     except (OSError, ValueError):
         return ""
-    near = [where.parent / one for one in nearest(where.name, names)]
-    return ", ".join(str(one) for one in near if not holding or (one / holding).exists())
+    if holding:
+        names = [name for name in names if os.path.lexists(where.parent / name / holding)]
+        return ", ".join(str(where.parent / one) for one in (nearest(where.name, names) or names)[:3])
+    return ", ".join(str(where.parent / one) for one in nearest(where.name, names))
 
 
 _NEIGHBOURS = 10_000  # entries of a folder that are compared with a misspelt name

@@ -79,7 +79,8 @@ class Declaration:
         if self.choices and value not in self.choices and not self._is_left_out(value):
             raise UsageError(f"unknown {self.name} {value!r}; choices: {', '.join(self.choices)}", option=self.name)
         if said := self.wrong(value):
-            raise UsageError(Message(Option(self.name), f" {value!r} {said}"))
+            told = (Option(self.name, value),) if isinstance(value, tuple) else (Option(self.name), f" {value!r}")
+            raise UsageError(Message(*told, f" {said}"))
 
 
 def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as argparse calls it

@@ -254,8 +254,19 @@ def spoken(seconds: float) -> str:
     return f"{duration(seconds)} {'min' if seconds < 3599.5 else 'h'}"
 
 
+def took(seconds: float) -> str:
+    """Seconds that were measured, to a tenth where they are few.
+
+    Example:
+        >>> took(0.0021), took(0.31), took(12.4), took(96)
+        ('0.002 s', '0.3 s', '12 s', '1:36 min')
+    """
+    few = f"{seconds:.1f} s" if seconds >= 0.095 else f"{seconds:.1g} s"
+    return few if seconds < 9.95 else spoken(seconds)
+
+
 def duration(seconds: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``.
+    """Seconds as ``m:ss`` or ``h:mm:ss``, without a unit: for tables and clocks; in text take `spoken` or `took`.
 
     Example:
         >>> duration(3725.4)

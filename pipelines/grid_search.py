@@ -108,7 +108,7 @@ def trials(search: GridSearchCV) -> str:
 
 def main() -> None:
     """Reads the options, searches, prints."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     options.add_argument("--store", type=Path, default=Path("pipelines/out/grid_search"), help="default: %(default)s")
     options.add_argument("--dataset", help="default: the store's only one")
     options.add_argument("--node", default="bottleneck", help="default: %(default)s")

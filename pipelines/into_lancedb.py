@@ -103,7 +103,9 @@ def bring_up_to_date(
 
 def main() -> None:
     """Reads the command line, and says what changed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("store", type=Path, help="the feature store")
     parser.add_argument("--to", required=True, help="LanceDB's folder, or a URL such as s3://bucket/vectors")
     parser.add_argument("--dataset", help="default: the store's only one")

@@ -89,7 +89,9 @@ def bring_up_to_date(
 
 def main() -> None:
     """Reads the command line, and says what changed; a server's key is in the environment, as QDRANT_API_KEY."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("store", type=Path, help="the feature store")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="of the server, such as http://localhost:6333")

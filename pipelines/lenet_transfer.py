@@ -463,7 +463,7 @@ def routes_table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the steps and returns what ``result.json`` holds."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, features and results")
     parser.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files, instead of scikit-learn's digits")
     parser.add_argument("--fashion", type=Path, help="folder with Fashion-MNIST's IDX files, as a further task")

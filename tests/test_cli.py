@@ -81,8 +81,14 @@ def test_the_help_lists_every_command_once_under_its_job(capsys):
             ["info", "STORE", "--jsno"],
             "featurepipe info: error: unrecognized arguments: --jsno; nearest to --jsno: --json",
         ),
-        (["info", "STORE", "--qqqqqqqq"], "unrecognized arguments: --qqqqqqqq\n"),
+        (
+            ["info", "STORE", "--qqqqqqqq"],
+            "featurepipe info: error: unrecognized arguments: --qqqqqqqq. See: featurepipe info --help\n",
+        ),
         (["train", "DIR", "--ouut=x"], "required: --out; nearest to --ouut: --out"),
+        (["extract", "DIR", "--stor", "x"], "unrecognized arguments: --stor x; nearest to --stor: --store. See: "),
+        (["train", "DIR", "--o=x"], "required: --out; nearest to --o: --out, --ordered. See: featurepipe train --help"),
+        (["info", "STORE", "--", "--jso"], "unrecognized arguments: --jso. See: featurepipe info --help"),
         (["exprt"], "featurepipe: error: unknown command 'exprt'; nearest: export"),
         (["--vresion"], "featurepipe: error: unrecognized arguments: --vresion; nearest to --vresion: --version"),
     ],
@@ -91,7 +97,14 @@ def test_what_is_misspelt_is_told_with_what_is_nearest(capsys, words, said):
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 2
-    assert said in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert len(shown.splitlines()) == 1  # and not the usage, which hides it
+    assert shown.count("See: ") == 1
+
+
+def test_no_option_may_be_cut_short():
+    assert not any(parser.allow_abbrev for parser in (build_parser(), *parsers().values()))
 
 
 def test_no_command_prints_help_and_is_wrong_usage(capsys):
@@ -153,7 +166,7 @@ def test_dry_run(cli, images, tmp_path):
     found = cli("extract", images, "--store", tmp_path / "store", *SMALL, "--dry-run")
     assert found.code == 0
     assert "6 to read (at most 6 new ones" in found.out
-    assert re.search(r"about \d+:\d\d at [\d,.]+ img/s, from a timed sample of 6 images", found.out)
+    assert re.search(r"about (a second|[\d:]+ (s|min)) at [\d,.]+ img/s, from a timed sample of 6 images", found.out)
     assert "f6.1:gap: 1.0 kB" in found.out
     assert "dry run: nothing was changed" in found.out
     assert not (tmp_path / "store").exists()
@@ -217,10 +230,10 @@ MISTAKES = {
         "unknown precision 'int8'",
     ),
     "source": (["extract", "nowhere", "--store", "NEW", *SMALL], 2, "nowhere: no such file or folder"),
-    "store-is-file": (["extract", "IMAGES", "--store", "FILE", *SMALL], 1, "is a file, not a feature store"),
+    "store-is-file": (["extract", "IMAGES", "--store", "FILE", *SMALL], 2, "is a file, not a feature store"),
     "store-below-file": (["extract", "IMAGES", "--store", "FILE/x", *SMALL], 1, "Not a directory"),
-    "no-store": (["info", "nowhere"], 1, "there is no feature store at nowhere"),
-    "no-store-verify": (["verify", "nowhere"], 1, "there is no feature store at nowhere"),
+    "no-store": (["info", "nowhere"], 2, "there is no feature store at nowhere"),
+    "no-store-verify": (["verify", "nowhere"], 2, "there is no feature store at nowhere"),
     "column": (
         ["export", "STORE", "--node", "c1", "--to", "x.npz"],
         2,

@@ -346,6 +346,7 @@ def test_errors_are_spelled_as_each_front_end_does():
     said = "'auto' or a number from 1 to 65536"
     assert (caught.value.option, str(caught.value)) == ("batch_size", f"batch_size 0 must be {said}")
     assert caught.value.spelled(on_command_line) == (f"--batch-size 0 must be {said}",)
+    assert on_command_line(Option("sizes", (5, "2O"))) == "--sizes 5,2O"  # as it was typed
     assert caught.value.spelled(keys_of("extract")) == (f"[machine] batch_size 0 must be {said}",)
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from featurepipe.backbones import preprocessing
-from featurepipe.backbones.families import SEE, Family
+from featurepipe.backbones.families import SEE, Family, classification_names
 from featurepipe.backbones.nodes import attributes_kept, freeze, uncompiled
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import StateDict
-from featurepipe.errors import FeaturepipeError, Message, Option, UsageError, unknown
+from featurepipe.errors import FeaturepipeError, Message, Option, UsageError, nearest, unknown
 
 _NOT_USERS = {*sys.stdlib_module_names, "torch", "torchvision", "timm"}
 
@@ -77,8 +78,9 @@ def import_factory(spec: str) -> Callable[[], Any]:
         )
     factory = getattr(module, attribute, None)
     if factory is None:
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise unknown("factory", attribute, names or ["(none)"], where=module_name)
+        if module_name.partition(".")[0] in _CATALOGUES:
+            raise _misspelt(spec)
+        raise unknown("factory", attribute, _factories(module) or ["(none)"], where=module_name)
     if isinstance(factory, nn.Module):
         raise UsageError(
             f"backbone {spec!r}: {attribute} is a network ({type(factory).__name__}), not a function that makes one; write "
@@ -90,6 +92,57 @@ def import_factory(spec: str) -> Callable[[], Any]:
         )
     found: Callable[[], Any] = factory
     return found
+
+
+_CATALOGUES = {"timm": "timm/", "torchvision": ""}
+"""Packages whose networks have names of their own, and what is written before these."""
+
+
+def _misspelt(spec: str) -> UsageError:
+    """What to say of a network of a package that is written as if it were a user's own."""
+    module_name, _, name = spec.partition(":")
+    package = module_name.partition(".")[0]
+    if package == "timm":
+        import timm
+
+        names = timm.list_models()
+    else:
+        names = classification_names()
+    near = [name] if name.partition(".")[0] in names else nearest(name, names)
+    hint = f": {', '.join(_CATALOGUES[package] + one for one in near)}" if near else ""
+    return UsageError(
+        f"backbone {spec!r}: {module_name} has no function {name!r}; networks of {package} are written "
+        f"{_CATALOGUES[package]}NAME{hint}. See: featurepipe backbones"
+    )
+
+
+def _factories(module: ModuleType) -> list[str]:
+    """The names in a user's module of what may make a network: classes of networks, and functions, that need no argument."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and _is_users(_home(value)) and _may_make(value)
+    ]
+
+
+def _home(value: Any) -> str:
+    """The module that a function or class was written in."""
+    made = value.func if isinstance(value, functools.partial) else value
+    return str(getattr(made, "__module__", None) or "torch")
+
+
+def _may_make(value: Any) -> bool:
+    if not callable(value) or (isinstance(value, type) and not issubclass(value, nn.Module)):
+        return False
+    try:
+        signature = inspect.signature(value)
+    except (ValueError, TypeError):
+        return False
+    needed = [one for one in signature.parameters.values() if one.default is one.empty and one.kind not in _OPEN]
+    return not needed and signature.return_annotation not in (None, "None")
+
+
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @contextmanager

@@ -71,9 +71,12 @@ EXIT_CODES = """exit codes:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest of what was misspelt, and shows what was typed without obeying it."""
+    """Takes options by their whole names, says what is wrong on one line with the nearest, and shows what was typed unobeyed."""
 
     _words: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuses what a command does not know itself, so that its options are shown, not the list of commands."""
@@ -93,14 +96,22 @@ class _Parser(argparse.ArgumentParser):
         return []
 
     def error(self, message: str) -> NoReturn:
-        super().error(displayed(message + self._hint()))
+        see = f". See: {self.prog} --help"
+        whole = message.removesuffix(see) + self._hint() + see
+        self.exit(2, f"{self.prog}: error: {displayed(whole)}\n")
 
     def _hint(self) -> str:
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        flags = [word.partition("=")[0] for word in self._words if word.startswith("--")]
-        strange = [flag for flag in flags if not any(name.startswith(flag) for name in known)]
-        near = {flag: nearest(flag[2:], [name[2:] for name in known]) for flag in strange}
-        return "".join(f"; nearest to {flag}: --{names[0]}" for flag, names in near.items() if names)
+        words = self._words[: self._words.index("--")] if "--" in self._words else self._words
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        near = {flag: _nearest_options(flag, known) for flag in flags if flag not in known}
+        return "".join(f"; nearest to {flag}: {', '.join(names)}" for flag, names in near.items() if names)
+
+
+def _nearest_options(flag: str, known: Sequence[str]) -> list[str]:
+    """The option that looks most like a flag; of one that was cut short, those that begin so, three at most."""
+    begun = [name for name in known if name.startswith(flag)]
+    return begun[:3] or [f"--{name}" for name in nearest(flag[2:], [name[2:] for name in known])[:1]]
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

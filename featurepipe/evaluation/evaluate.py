@@ -513,7 +513,7 @@ def _of_split(bundle: Bundle, features: FeatureSet, split: str | None) -> tuple[
     if split is None:
         named = bundle.training.get("dataset") == features.origin.dataset  # elsewhere a patient 1 may be another one
         groups = leakage.trained_groups(features, bundle if named else replace(bundle, grouping=None))
-        old = np.isin(features.keys64, bundle.seen)
+        old = bundle.was_trained_on(features.keys64)
         others = leakage.in_groups(features, groups) & ~old
         new = ~(old | others)
         if new.any() and not new.all():

@@ -114,7 +114,7 @@ def trained_groups(features: FeatureSet, bundle: Bundle) -> pa.Array | None:
     if features.groups is None:
         return None
     group = features.table["group"].combine_chunks()
-    known = np.isin(features.keys64, bundle.seen)
+    known = bundle.was_trained_on(features.keys64)
     names = pc.unique(group.drop_null())
     ours = names.filter(pa.array(bundle.was_trained_on_groups(names.to_pylist(), features.group_column)))
     if len(ours):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurepipe.display import counted, dealt_with, size
-from featurepipe.progress import duration
+from featurepipe.progress import spoken, took
 
 _REJECTS_SHOWN = 5
 _WORKERS_SHOWN = 8
@@ -36,8 +36,8 @@ def text(record: Mapping[str, Any]) -> str:
     if counts["computed"]:
         by_column = record["computed_by_column"].items()
         lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))
-        stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "write"))
-        lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
+        stages = ", ".join(f"{name} {took(seconds[name])}" for name in ("read", "decode", "forward", "write"))
+        lines.append(f"{took(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
         lines += _workers(record)
         lines.append(record["verdict"])
     lines.append(f"space {record['space']}")
@@ -82,7 +82,7 @@ def _workers(record: Mapping[str, Any]) -> list[str]:
     """Who computed how much, where a cluster did."""
     workers = record.get("cluster", {}).get("workers", [])
     shown = "; ".join(
-        f"worker {worker['worker']}: {worker['images']:,} images in {worker['seconds']:.1f} s"
+        f"worker {worker['worker']}: {worker['images']:,} images in {took(worker['seconds'])}"
         for worker in workers[:_WORKERS_SHOWN]
     )
     more = "; ..." if len(workers) > _WORKERS_SHOWN else ""
@@ -99,7 +99,7 @@ def estimate_text(estimate: Mapping[str, Any]) -> str:
     ]
     if estimate["images_per_second"]:
         lines.append(
-            f"about {duration(estimate['seconds'])} at {estimate['images_per_second']:,.1f} img/s, "
+            f"about {spoken(estimate['seconds'])} at {estimate['images_per_second']:,.1f} img/s, "
             f"from a timed sample of {estimate['sampled']} images"
         )
     lines += [f"{column}: {size(count)}" for column, count in estimate["bytes_per_column"].items()]

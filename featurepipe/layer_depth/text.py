@@ -13,7 +13,7 @@ from featurepipe.heads.families import SHARED_PASSES
 from featurepipe.layer_depth.phases import DESCRIBE, JOIN, MEASURE
 from featurepipe.layer_depth.study import what_of
 from featurepipe.option_groups import declared
-from featurepipe.progress import duration, spoken
+from featurepipe.progress import spoken, took
 from featurepipe.records import is_undisturbed
 from featurepipe.reporting.blocks import BESIDES, measure_of, with_values
 from featurepipe.store.options import RoleOptions
@@ -73,7 +73,7 @@ def plan_text(found: Mapping[str, Any]) -> str:
         table(["column", "width", "of the forward"], rows),
     ]
     for estimate in found["extractions"]:
-        seconds = f"about {duration(estimate['seconds'])}" if estimate["images_per_second"] else "nothing to compute"
+        seconds = f"about {spoken(estimate['seconds'])}" if estimate["images_per_second"] else "nothing to compute"
         needed = size(sum(estimate["bytes_per_column"].values()))
         lines.append(f"{estimate['dataset']}: {estimate['to_read']:,} images to read, {seconds}, {needed}")
     lines += [
@@ -233,7 +233,7 @@ def _scores(found: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _provenance(found: Mapping[str, Any]) -> str:
-    seconds = ", ".join(f"{name} {duration(value)}" for name, value in found["provenance"]["seconds"].items())
+    seconds = ", ".join(f"{name} {took(value)}" for name, value in found["provenance"]["seconds"].items())
     left_out = [
         f"{count:,} {name.replace('_', ' ')}"
         for name, count in found["counts"].items()

@@ -42,7 +42,7 @@ from featurepipe.prediction.files import (
 from featurepipe.prediction.options import BundleOptions, PredictOptions
 from featurepipe.prediction.own_classes import TOP, OwnClassifier
 from featurepipe.prediction.shards import SCORE, Prediction
-from featurepipe.progress import announcer, duration, show
+from featurepipe.progress import announcer, show, took
 from featurepipe.results import shown_as
 
 _LABELS_SHOWN = 10
@@ -320,8 +320,8 @@ def text(record: Mapping[str, Any]) -> str:
         if counts["rejected"] > _REJECTS_SHOWN:
             lines.append("  ..." + (f" all in {record['file']}" if record["file"] else ""))
     lines += damaged_lines(record) + remark_lines(record)
-    stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("read", "decode", "forward", "score"))
-    lines.append(f"{duration(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
+    stages = ", ".join(f"{name} {took(seconds[name])}" for name in ("read", "decode", "forward", "score"))
+    lines.append(f"{took(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
     if record.get("cluster"):
         workers = record["cluster"]["workers"]
         shown = ", ".join(f"{worker['worker']} {worker['images']:,} images" for worker in workers[:_WORKERS_SHOWN])

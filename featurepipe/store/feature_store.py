@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from featurepipe import __version__
 from featurepipe.errors import (
     Message,
+    NoStore,
     Option,
     StoreError,
     UnknownSnapshot,
@@ -65,8 +66,8 @@ class FeatureStore:
             no spaces, datasets or runs, and ``features`` and ``space`` say that there is no store.
 
     Raises:
-        StoreError: The folder is something else, or of a newer format, or missing while ``create`` is false; or the system
-            is one that stores do not work on.
+        NoStore: The folder is something else, or missing while ``create`` is false.
+        StoreError: It is of a newer format; or the system is one that stores do not work on.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
@@ -86,18 +87,18 @@ class FeatureStore:
         return is_file(self.path / "store.json")
 
     def check_exists(self) -> None:
-        """Raises ``StoreError`` if there is no store at the path yet."""
+        """Raises `NoStore` if there is no store at the path yet, and `StoreError` if nobody can tell."""
         if not self.exists:
             if why := unsearchable(self.path / "store.json"):
                 raise StoreError(f"cannot tell whether there is a feature store at {self.path}: {why}")
             if is_file(self.path / "bundle.json"):
-                raise StoreError(
+                raise NoStore(
                     f"{self.path} is a bundle, what featurepipe train writes, and no feature store; give the store first, and "
                     "the bundle as the command's help says (featurepipe report STORE --bundle BUNDLE)"
                 )
             near = near_paths(str(self.path), "store.json")
             near = f"nearest: {near}; " if near else ""
-            raise StoreError(
+            raise NoStore(
                 f"there is no feature store at {self.path}; {near}make one with: {extract_command(self.path)}"
             )
 
@@ -111,10 +112,10 @@ class FeatureStore:
 
     def _refuse_others(self) -> None:
         if self.path.exists() and not self.path.is_dir():
-            raise StoreError(f"{self.path} is a file, not a feature store")
+            raise NoStore(f"{self.path} is a file, not a feature store")
         others = [p.name for p in self.path.iterdir() if not is_temporary(p.name)] if self.path.exists() else []
         if others and not self.exists:  # looked at again: another process may have made it
-            raise StoreError(
+            raise NoStore(
                 f"{self.path} is neither empty nor a feature store (it has no store.json, but {min(others)}); "
                 "name an empty or a new folder"
             )

@@ -22,11 +22,11 @@ import pyarrow.compute as pc
 
 from featurepipe.annotations import KEPT_COLUMN, column_named, duplicate, names_in_doubt, several_names, split_of
 from featurepipe.display import counted, first_names
-from featurepipe.errors import Message, Option, UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError, nearest, unknown
 from featurepipe.option_groups import declared
 from featurepipe.progress import announcer
 from featurepipe.store.labelled_images import UNUSED, LabelledImages, group_names
-from featurepipe.store.labels import ColumnTable, LabelSource, places_of, read_columns
+from featurepipe.store.labels import ColumnTable, LabelSource, LabelTable, places_of, read_columns
 from featurepipe.store.options import (
     GROUP,
     LABEL,
@@ -168,14 +168,22 @@ class _Columns:
         kept = column_named(name, self.kept)
         own = None if self.table is None else column_named(name, list(self.table.columns))
         further = [] if own or kept is None else [KEPT_COLUMN + kept]
-        every = self._store.snapshot(self._dataset, self._snapshot, columns=["id", "status", *further])
-        assert every is not None  # noqa: S101 - features of it are open
-        lost = every.filter(pc.equal(every["status"], REJECTED))
+        lost = self._rejected(further)
         if own is not None and self.table is not None:
             texts = self.table.texts(own).take(pc.index_in(lost["id"], value_set=self.table.ids))
         else:
             texts = lost[further[0]]
         return dict(Counter(_splits_of(_one(texts)).to_pylist()))
+
+    def rejected_ids(self) -> pa.Array:
+        """The ids of images that could not be used."""
+        return _one(self._rejected()["id"])
+
+    def _rejected(self, further: Sequence[str] = ()) -> pa.Table:
+        """The rows of the snapshot that were rejected: ids, and further columns."""
+        every = self._store.snapshot(self._dataset, self._snapshot, columns=["id", "status", *further])
+        assert every is not None  # noqa: S101 - features of it are open
+        return every.filter(pc.equal(every["status"], REJECTED))
 
 
 def _listed_columns(name: str, there: Sequence[str]) -> str:
@@ -350,7 +358,7 @@ def _with_classes(
     others = [] if table is None else [column_named(name, table.columns) for name in roles_of_file if name]
     if table is not None and (own is not None or (asked is None and not any(others))):
         columns.used += [own] if own is not None else []
-        return with_told_labels(features, replace(table.labels(asked), ignored=()), say)
+        return with_told_labels(features, replace(_classes_of(table, asked), ignored=()), say, columns.rejected_ids)
     if asked is None:
         return features
     found = columns.get("label", asked)
@@ -358,6 +366,22 @@ def _with_classes(
     said = [counted(len(features.classes), "label"), *names_in_doubt(features.classes)]
     say(f"classes: column {found.name} of {found.where}, {'; '.join(said)}")
     return features
+
+
+def _classes_of(table: ColumnTable, asked: str | None) -> LabelTable:
+    """The labels of a file.
+
+    Raises:
+        UsageError: It has no column ``label`` and no other was asked for; proposes those that it has.
+    """
+    try:
+        return table.labels(asked)
+    except UsageError as error:
+        if not table.columns or asked is not None or column_named(LABEL, table.columns) is not None:
+            raise
+        near = nearest(LABEL, table.columns) or table.columns
+        options = [part for name in near[:_NAMED] for part in (" or ", Option("label", name))][1:]
+        raise UsageError(Message(error.message, "; if another is the class: ", *options)) from error
 
 
 def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say: Callable[[str], None]) -> FeatureSet:

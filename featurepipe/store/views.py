@@ -405,15 +405,32 @@ class FeatureSet(LabelledImages):
         return None if self.unlabelled == len(self) else self.labels
 
 
-def with_told_labels(features: FeatureSet, labels: LabelSource, say: Callable[[str], None]) -> FeatureSet:
-    """Does what ``FeatureSet.with_labels`` does, and says how many images they label and what of them is not used."""
+def with_told_labels(
+    features: FeatureSet,
+    labels: LabelSource,
+    say: Callable[[str], None],
+    rejects: Callable[[], pa.Array] = lambda: pa.array([], pa.string()),
+) -> FeatureSet:
+    """Does what ``FeatureSet.with_labels`` does, and says how many images they label and what of them is not used.
+
+    Args:
+        features: Of some images.
+        labels: Their labels.
+        say: Told one line.
+        rejects: Gives the ids of the dataset's images that were rejected; asked only if labels are of no image here.
+    """
     table = read_labels(labels)
     found = features.with_labels(table)
     labelled = len(found) - found.unlabelled
     parts = [f"{counted(len(found.classes), 'label')} on {labelled:,} of {counted(len(found), 'image')}"]
     parts += [*table.told(), *names_in_doubt(found.classes)]
     if found.unmatched:
-        parts.append(f"{counted(found.unmatched, 'id')} not among the images")
+        strangers = pc.unique(table.ids.filter(pc.invert(pc.is_in(table.ids, value_set=features.table["id"]))))
+        rejected = pc.sum(pc.is_in(strangers, value_set=rejects())).as_py() or 0
+        lost = "a rejected image" if rejected == 1 else "rejected images"
+        parts += [f"{counted(rejected, 'id')} of {lost}"] if rejected else []
+        nowhere = len(strangers) - rejected
+        parts += [f"{counted(nowhere, 'id')} not among the images"] if nowhere else []
     say(f"{table.name}: {'; '.join(parts)}")
     return found
 

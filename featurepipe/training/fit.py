@@ -30,6 +30,7 @@ from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.intervals import units_of
 from featurepipe.heads.statistics.regression import conformal_half_width, least_units
 from featurepipe.heads.statistics.screening import choose_threshold
+from featurepipe.progress import took
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.options import TrainOptions
 from featurepipe.training.task import Recipe, Task, weighted
@@ -78,7 +79,7 @@ def fit(task: Task, recipe: Recipe, rows: Array, say: Callable[[str], None] | No
     with refusals(recipe.head):
         _fit(head, features, answers, task, weighted(head, task.weights(rows)))
     if say:
-        say(f"fitted {recipe.head} on {len(rows):,} images in {time.perf_counter() - start:.1f} s")
+        say(f"fitted {recipe.head} on {len(rows):,} images in {took(time.perf_counter() - start)}")
     return head
 
 

@@ -321,7 +321,7 @@ def publish(
         "backbone": bundle.backbone["name"],
         **training,
         "test_left_out": 0 if task.is_multilabel else int((task.codes[task.division.test] < 0).sum()),
-        "test_seen": int(np.isin(task.features.take(task.division.test).keys64, bundle.seen).sum()),
+        "test_seen": int(bundle.was_trained_on(task.features.take(task.division.test).keys64).sum()),
         "calibration": calibrated,
         **({} if threshold is None else {"threshold": threshold}),
         "test": tested,

@@ -20,6 +20,7 @@ from featurepipe.heads.calibration import label_scores, predicted_numbers
 from featurepipe.heads.selection import KeptColumns, best_columns, column_scores, kept_count, regression_targets
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.heads.statistics.regression import quadratic_kappa
+from featurepipe.progress import took
 from featurepipe.training.cost import Cost
 from featurepipe.training.fit import fit, held_out, refusals
 from featurepipe.training.options import SELECT_AUTO, SHARES
@@ -135,7 +136,7 @@ def chosen_values(
         )
     scores, rows = _scores(task, recipe)
     width = len(scores)
-    say(f"scored {width:,} values on {counted(rows, 'training image')} in {time.perf_counter() - start:.1f} s")
+    say(f"scored {width:,} values on {counted(rows, 'training image')} in {took(time.perf_counter() - start)}")
     tried: list[TriedShare] = []
     measure = ""
     if asked == SELECT_AUTO:
@@ -204,7 +205,7 @@ def _try_shares(
         score = _quality(narrow, recipe, measure)
         seconds = time.perf_counter() - start
         tried.append(TriedShare(share, values, score, seconds=seconds))
-        say(f"kept {values:,} of {len(scores):,} values: validation {measure} {score:.4f} in {seconds:.1f} s")
+        say(f"kept {values:,} of {len(scores):,} values: validation {measure} {score:.4f} in {took(seconds)}")
     if all(one.score is None for one in tried):
         raise UsageError(tried[0].why)
     return tried

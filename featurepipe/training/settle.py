@@ -360,11 +360,11 @@ def _counted(task: Task) -> str:
     counts = task.counts()
     what = "with a number" if task.is_numeric else f"of {len(task.classes)} classes"
     what = f"with {counted(len(task.classes), 'label')}" if task.is_multilabel else what
-    parts = [f"{counted(counts['train'], 'image')} {what} to train on"]
+    copies = counts["duplicates"]
+    again = f" ({copies:,} of them {'a copy' if copies == 1 else 'copies'} of others of these)" if copies else ""
+    parts = [f"{counted(counts['train'], 'image')} {what} to train on{again}"]
     parts += [f"{counts['test']:,} to test"] if counts["test"] else []
     parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
-    copies = counts["duplicates"]
-    parts += [f"{copies:,} {'copy' if copies == 1 else 'copies'} among them"] if copies else []
     return ", ".join(parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,15 @@ class Division:
         """Rows that the last fit is made on, in order."""
         return np.union1d(self.train, self.validation) if self.is_carved else self.train
 
+    def groups(self, names: npt.NDArray[np.object_]) -> dict[str, int]:
+        """How many groups are on each side: ``train`` (the last fit's), ``validation`` (of these, if it is carved), ``test``.
+
+        Args:
+            names: (n,) group of each row, None for an image by itself, which does not count.
+        """
+        sides = {"train": self.final, "validation": self.validation, "test": self.test}
+        return {side: len({name for name in names[rows] if name is not None}) for side, rows in sides.items()}
+
 
 def divide(
     features: FeatureSet, codes: npt.NDArray[np.int64], *, split: str | None, seed: int, validate: bool
@@ -84,12 +93,23 @@ def divide(
         what = "image" if features.groups is None else "image, by group,"
         text = f"no splits in the dataset: every {TEST_FOLDS}th {what} held out for the test (seed {seed})"
     if len(own) or not validate:
-        return Division(train, own, test, is_carved=False, text=text)
+        return _told(features, Division(train, own, test, is_carved=False, text=text))
     folds = max(VALIDATION_FOLDS, -(-len(train) // MOST_VALIDATION))
     train, carved = hold_out(features, codes, train, folds=folds, seed=seed + 1)
-    return Division(
-        train, carved, test, is_carved=True, text=f"{text}; {len(carved):,} training images set aside to calibrate"
-    )
+    text += f"; {len(carved):,} training images set aside to calibrate"
+    return _told(features, Division(train, carved, test, is_carved=True, text=text))
+
+
+def _told(features: FeatureSet, division: Division) -> Division:
+    """The division whose text says how many groups are on each side, if images have groups."""
+    if features.groups is None:
+        return division
+    counts = division.groups(features.groups)
+    chosen_by = f"{counts['validation']:,}"
+    aside = f" ({chosen_by} of these to calibrate)" if division.is_carved else ""
+    beside = f", {chosen_by} to choose by" if not division.is_carved and counts["validation"] else ""
+    sides = f"{counted(counts['train'], 'group')} to train on{aside}{beside}, {counts['test']:,} to test"
+    return replace(division, text=f"{division.text}; {sides}")
 
 
 def _own_splits(

@@ -199,6 +199,7 @@ class Task:
             "columns": list(self.features.columns),
             **self._learned(),
             "counts": self.counts(),
+            **({} if self.features.groups is None else {"groups": self.division.groups(self.features.groups)}),
             "split": self.division.text,
             "cost": {**self.cost.as_dict(), "text": self.cost.text},
         }

@@ -20,6 +20,7 @@ from sklearn.pipeline import Pipeline
 from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.heads.statistics.regression import quadratic_kappa
+from featurepipe.progress import took
 from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.splits import Fold
 from featurepipe.training.task import weighted
@@ -143,7 +144,7 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None],
     say(f"tuning {recipe.head}: {'at most ' * climbs}{grid_size(recipe)} sets of parameters")
     with refusals(recipe.head):
         found = _search(task, recipe, jobs, climbs=climbs)
-    say(f"tuned in {time.perf_counter() - start:.1f} s")
+    say(f"tuned in {took(time.perf_counter() - start)}")
     return found
 
 

@@ -16,7 +16,7 @@ from featurepipe.display import size as size_of
 from featurepipe.heads.statistics.comparison import AccuracyEstimate, cheapest_within_one_se
 from featurepipe.layer_depth import answers as of_layers
 from featurepipe.layer_depth.answers import SHIFTED, SOURCE
-from featurepipe.progress import duration
+from featurepipe.progress import spoken, took
 from featurepipe.reporting.blocks import measure_of, with_values
 from featurepipe.transfer_routes.measure import OVER_BUDGET, MeasuredRoute, Untried
 from featurepipe.transfer_routes.options import AS_IT_IS, ROUTES, SCRATCH, TAIL
@@ -329,7 +329,7 @@ def plan_text(found: Mapping[str, Any]) -> str:
         table(["column", "width", "of the forward"], rows),
     ]
     for estimate_ in found["extractions"]:
-        seconds = f"about {duration(estimate_['seconds'])}" if estimate_["images_per_second"] else "nothing to compute"
+        seconds = f"about {spoken(estimate_['seconds'])}" if estimate_["images_per_second"] else "nothing to compute"
         needed = size_of(sum(estimate_["bytes_per_column"].values()))
         lines.append(f"{estimate_['dataset']}: {estimate_['to_read']:,} images to read, {seconds}, {needed}")
     lines.append(
@@ -341,14 +341,14 @@ def plan_text(found: Mapping[str, Any]) -> str:
     ]
     longest = found["seconds_of_a_draw_of_all"]
     lines += [
-        f"{name}: a draw of all images takes about {_seconds(seconds)}, smaller ones less"
+        f"{name}: a draw of all images takes about {took(seconds)}, smaller ones less"
         for name, seconds in longest.items()
     ]
     most, limit = sum(longest.values()) * found["measurements"], found["budget"]
-    tuned = f"at most about {_seconds(most)} for what is tuned, " if most else ""
+    tuned = f"at most about {took(most)} for what is tuned, " if most else ""
     lines.append(f"measuring takes {tuned}seconds to a few minutes for each frozen route")
     if limit is not None:
-        lines.append(f"the budget lets measuring take {_seconds(limit)}; extract and compare come besides")
+        lines.append(f"the budget lets measuring take {took(limit)}; extract and compare come besides")
     return "\n".join([*lines, *filter(None, [_not_tried_text(found)]), "dry run: nothing was changed"])
 
 
@@ -356,8 +356,8 @@ def _answer_text(found: Mapping[str, Any]) -> str:
     best, measure = found["recommended"], measure_of(found)
     lines = [
         f"recommended with {best['size']['text']}: {best['route']} ({best['what']}), {measure.word} {_interval(best)}, "
-        f"{_seconds(best['seconds'])} to train",
-        f"the {measure.best} is {best['best']}, {best['best_value']:.4f}, {_seconds(best['best_seconds'])}"
+        f"{took(best['seconds'])} to train",
+        f"the {measure.best} is {best['best']}, {best['best_value']:.4f}, {took(best['best_seconds'])}"
         if best["best"] != best["route"]
         else f"no route did better; {best['rule']}",
     ]
@@ -398,7 +398,7 @@ def _table_text(found: Mapping[str, Any]) -> str:
             gap, there = apart.get((own, route)), rows_of.get((route, own, SHIFTED))
             rows.append([
                 route, _interval(row), "" if gap is None else f"{gap:+.4f}", *([_interval(there)] if there else []),
-                _seconds(row["seconds"]), "-" if row["memory"] is None else size_of(row["memory"]),
+                took(row["seconds"]), "-" if row["memory"] is None else size_of(row["memory"]),
             ])  # fmt: skip
         if rows:
             tables.append(f"{size['text']}: {size['images']:,.0f} images train\n{table(header, rows)}")
@@ -409,13 +409,13 @@ def _not_tried_text(found: Mapping[str, Any]) -> str:
     lines = []
     for one in found["not_tried"]:
         where = f", {one['size']} a {found['per']}, {counted(one['draws'], 'draw')}" if "size" in one else ""
-        lasts = f" (about {_seconds(one['seconds'])})" if "seconds" in one else ""
+        lasts = f" (about {took(one['seconds'])})" if "seconds" in one else ""
         lines.append(f"no result: {one['route']}{where}{lasts}: {one['why']}")
     return "\n".join(lines)
 
 
 def _rest_text(found: Mapping[str, Any]) -> str:
-    seconds = ", ".join(f"{name} {duration(value)}" for name, value in found["provenance"]["seconds"].items())
+    seconds = ", ".join(f"{name} {took(value)}" for name, value in found["provenance"]["seconds"].items())
     return f"{textwrap.fill(found['protocol'], _LINE)}\n{seconds}"
 
 
@@ -423,7 +423,3 @@ def _interval(row: Mapping[str, Any]) -> str:
     return (
         f"{row['value']:.4f}" if row["low"] is None else f"{row['value']:.4f} ({row['low']:.3f} to {row['high']:.3f})"
     )
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 10 else duration(value)

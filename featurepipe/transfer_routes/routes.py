@@ -36,7 +36,7 @@ from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, ex
 from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, choose_columns, columns_of_space
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier, told_apart
-from featurepipe.progress import Silent, announcer, show, spoken
+from featurepipe.progress import Silent, announcer, show, spoken, took
 from featurepipe.reporting.from_store import last_source
 from featurepipe.reporting.report import check_target, write_report
 from featurepipe.results import shown_as
@@ -291,8 +291,8 @@ def _nothing_fits(budget: float, untried: Sequence[Untried]) -> UsageError:
     enough = math.ceil(least.seconds + 1)
     return UsageError(
         Message(
-            f"a budget of {budget:g} s is too short for any of the {counted(len(untried), 'measurement')}: the shortest, "
-            f"{least.trial}, takes about {least.seconds:.2g} s by itself (extracting and comparing images do not count); "
+            f"a budget of {took(budget)} is too short for any of the {counted(len(untried), 'measurement')}: the shortest, "
+            f"{least.trial}, takes about {took(least.seconds)} by itself (extracting and comparing images do not count); "
             "features are kept; give ", Option("budget", f"{enough}s"), " or more",
         )
     )  # fmt: skip

@@ -296,6 +296,14 @@ def test_every_file_that_the_network_comes_from_is_in_its_identity(own_code) -> 
     [
         ("./my_networks.py:make", "must be written package.module:factory"),
         ("my_networks:mak", "unknown factory 'mak' in my_networks; nearest: make"),
+        (
+            "my_networks:zzzzz",
+            "unknown factory 'zzzzz' in my_networks; choices: Net, make, make_timm_like, make_silent, ",
+        ),
+        ("my_networks:make_zzzed", "nearest: make_silent, make_double, make"),  # make_sized needs an argument
+        ("timm:mobilenetv3_small_050", "networks of timm are written timm/NAME: timm/mobilenetv3_small_050. See"),
+        ("timm.models:resnet18d5", "networks of timm are written timm/NAME: timm/resnet18d, timm/"),
+        ("torchvision:resnet18", "networks of torchvision are written NAME: resnet18. See"),
         ("my_networks:SIZE", "SIZE is a int, not a function"),
         ("no_such_networks:make", "no module named 'no_such_networks'"),
         (":make", "must be written package.module:factory"),

@@ -29,13 +29,13 @@ def here(tmp_path, monkeypatch):
         (["finetune", "stamp", "--out", "b"], "nearest: stamps"),
         (
             ["predict", "stamps-bundel", "stamps", "--to", "p.csv"],
-            "stamps-bundel is missing, not a bundle; give the folder",
+            "there is no bundle at stamps-bundel (looked in {here}; nearest: stamps-bundle); give the folder",
         ),
-        (["predict", "stamps-bundel", "stamps", "--to", "p.csv"], "nearest: stamps-bundle\n"),
+        (["predict", "b_nothing", "stamps", "--to", "p.csv"], "(looked in {here}; nearest: stamps-bundle); give"),
         (["predict", "stamps-bundle", "xyz", "--to", "p.csv"], "xyz: no such file or folder (looked in {here})\n"),
         (["predict", "stamps", "stamps", "--to", "p.csv"], "stamps is not a bundle: it has no bundle.json"),
-        (["evaluate", "stamps-bundel", "features"], "nearest: stamps-bundle\n"),
-        (["report", "features", "--to", "p.html", "--bundle", "stamps-bundel"], "nearest: stamps-bundle\n"),
+        (["evaluate", "stamps-bundel", "features"], "nearest: stamps-bundle); give"),
+        (["report", "features", "--to", "p.html", "--bundle", "stamps-bundel"], "nearest: stamps-bundle); give"),
         (["report", "features", "--to", "p.html", "--source", "stamp"], "nearest: stamps"),
         (["depth", "features", "--test-source", "stamp"], "nearest: stamps"),
         (["similar", "features", "stamps", "stamp"], "nearest: stamps"),
@@ -55,8 +55,10 @@ def test_a_misspelt_path_is_named_with_the_nearest_at_once(here, monkeypatch, ca
 
 
 def test_a_misspelt_store_is_named_with_the_nearest(here, capsys):
-    assert main(["info", "featurs"]) == 1  # a store may not be there yet: no wrong usage
+    assert main(["info", "featurs"]) == 2
     assert "there is no feature store at featurs; nearest: features; make one with" in capsys.readouterr().err
+    assert main(["train", "nostore", "--out", "b"]) == 2  # called by no name like it: all stores here are named
+    assert "no feature store at nostore; nearest: features; make one with" in capsys.readouterr().err
     assert near_paths("nowhere/at/all") == near_paths("zzzz") == ""
 
 

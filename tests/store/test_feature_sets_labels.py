@@ -205,6 +205,13 @@ def test_what_of_a_labels_file_is_not_used_is_told(features, tmp_path):
     said = []
     with_told_labels(features, path, said.append)
     assert said == ["labels.jsonl: 1 label on 1 of 4 images; ignored columns: age, sex; 1 id not among the images"]
+    labels = {"cat/1.jpg": "b", "x": "c", "y": "c", "z": "c"}
+    for rejected, told in (
+        (["x"], "1 id of a rejected image; 2 ids not among the images"),
+        (["x", "y", "z", "w"], "3 ids of rejected images"),
+    ):
+        with_told_labels(features, labels, said.append, lambda rejected=rejected: pa.array(rejected))
+        assert said[-1] == f"the mapping: 1 label on 1 of 4 images; {told}"
 
 
 def test_a_labels_file_that_contradicts_itself_names_both(features, tmp_path):

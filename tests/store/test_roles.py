@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from featurepipe.errors import StoreError, UsageError
+from featurepipe.errors import StoreError, UsageError, on_command_line
 from featurepipe.images.listing import SCHEMA
 from featurepipe.images.manifest import _texts, _too_large
 from featurepipe.images.open import open_source
@@ -589,3 +589,26 @@ def test_classes_that_look_alike_are_named(kept, tmp_path):
     )
     (tmp_path / "j.csv").write_text('id,t\na1,"[""a, b""]"\na2,"[""a"", ""b""]"\nb1,[]\n')
     assert joined(kept, tmp_path / "j.csv", multilabel=("t",))[0].target_names == ("a", "a, b", "b")
+
+
+def test_a_file_without_the_class_has_its_other_columns_proposed(kept):
+    table = pa.table({"id": NAMES, "klass": list("xxyy"), "series": list("sstt")})
+    with pytest.raises(UsageError) as found:
+        joined(kept, table)
+    assert found.value.spelled(on_command_line)[0].endswith(
+        "; if another is the class: --label klass or --label series"
+    )
+    with pytest.raises(UsageError, match="unknown column 'klas'; there are klass, "):
+        joined(kept, table, label="klas")
+
+
+def test_ids_of_rejected_images_are_told_apart_from_ids_of_none(store, space, rows):
+    rows.write(store, space, NAMES, columns=("a:gap",))
+    run_id = rows.snapshot(store, "d", NAMES)
+    table = store.snapshot("d", run_id)
+    status = table.column_names.index("status")
+    broken = table.slice(3).set_column(status, "status", pa.array(["rejected"])).to_pylist()
+    table = pa.concat_tables([table.slice(0, 3), pa.Table.from_pylist(broken, schema=table.schema)])
+    store.write_snapshot("d", store.new_run_id(), table)
+    _, said = joined(store, {NAMES[0]: "x", NAMES[1]: "y", NAMES[3]: "x", "nowhere": "y"})
+    assert said[0] == "the mapping: 2 labels on 2 of 3 images; 1 id of a rejected image; 1 id not among the images"

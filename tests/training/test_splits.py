@@ -188,6 +188,12 @@ def test_groups_are_on_one_side_of_every_split(zoo):
     assert all(parts)
     assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
     assert "by group" in found.text
+    names = [{features.groups[row] for row in rows} for rows in (found.final, found.validation, found.test)]
+    sides = dict(zip(("train", "validation", "test"), map(len, names), strict=True))
+    assert found.groups(features.groups) == sides
+    assert sides["train"] + sides["test"] == len(set(features.groups))
+    told = f"{sides['train']} groups to train on ({sides['validation']} of these to calibrate), {sides['test']} to test"
+    assert found.text.endswith(f"set aside to calibrate; {told}")
     folds = folds_of(features, features.codes(), found.final, folds=5, seed=0)
     assert all(not set(features.groups[one]) & set(features.groups[other]) for one, other in folds)
 

@@ -15,7 +15,7 @@ from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.heads.calibration import expected_calibration_error
 from featurepipe.heads.preprocessing import BlockScaler
-from featurepipe.training.text import train_text
+from featurepipe.training.text import calibration_lines, train_text
 from featurepipe.training.train import train
 
 NODES = ["a:gap", "b:gap"]
@@ -74,6 +74,17 @@ def test_calibration_lowers_the_error_of_an_overconfident_head(zoo, run):
     record = run(zoo, params={"C": 1e6})
     assert record["calibration"]["temperature"] > 1
     assert record["calibration"]["ece_after"] < record["calibration"]["ece_before"]
+
+
+def test_a_calibration_error_that_rises_is_explained_and_no_other():
+    found = {"temperature": 0.808, "rows": 33, "ece_before": 0.0932, "ece_after": 0.1734}
+    assert calibration_lines(None) == ["not calibrated"]
+    assert len(calibration_lines({**found, "ece_before": 0.2})) == 1
+    line, why = calibration_lines({**found, "test_ece_before": 0.1644, "test_ece_after": 0.1149})
+    assert line.endswith("there 0.0932 before, 0.1734 after; on the test images 0.1644 before, 0.1149 after")
+    assert "temperature minimises the log-loss" in why
+    fell = {**found, "ece_before": 0.2}
+    assert len(calibration_lines({**fell, "test_ece_before": 0.1, "test_ece_after": 0.2})) == 2
 
 
 def test_out_of_core_is_chosen_by_memory_and_predicts_the_same(zoo, run, tmp_path):

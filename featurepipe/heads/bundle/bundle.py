@@ -145,6 +145,14 @@ class Bundle:
         interval = (self.target or {}).get("interval")
         return None if interval is None else float(interval["half_width"])
 
+    def was_trained_on(self, keys64: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Tells which images the head was fitted, tuned or calibrated on, or on copies of them, (n,); others it never saw.
+
+        Args:
+            keys64: (n,) first 8 bytes of the images' keys, as ``features.keys64``.
+        """
+        return np.isin(keys64, self.seen)
+
     def was_trained_on_groups(self, names: Sequence[str], column: str) -> npt.NDArray[np.bool_]:
         """Tells which groups the head was trained on, (m,), as far as the bundle keeps them.
 

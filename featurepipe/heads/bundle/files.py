@@ -188,10 +188,12 @@ def check_is_bundle(folder: Path) -> None:
     if why := unsearchable(folder / MANIFEST):
         raise BundleError(f"cannot tell whether {folder} is a bundle: {why}")
     if not folder.is_dir():
-        what = "a file" if folder.exists() else "missing"
         near = near_paths(str(folder), MANIFEST)
         near = f"; nearest: {near}" if near else ""
-        raise BundleError(f"{folder} is {what}, not a bundle; give the folder that featurepipe train --out wrote{near}")
+        what = f"{folder} is a file, not a bundle{near}"
+        if not folder.exists():
+            what = f"there is no bundle at {folder} (looked in {folder.absolute().parent}{near})"
+        raise BundleError(f"{what}; give the folder that featurepipe train --out wrote")
     if not os.path.lexists(folder / MANIFEST):
         raise BundleError(
             f"{folder} is not a bundle: it has no {MANIFEST}; give the folder that featurepipe train --out wrote"
