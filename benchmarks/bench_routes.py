@@ -105,7 +105,7 @@ def starts(args: argparse.Namespace, data: Path, work: Path) -> list[dict[str, A
                 fp.finetune(
                     folder / f"train-{size}-{seed}.csv", folder / "store", dataset=f"{size}-{seed}", from_node=args.cut,
                     out=folder / f"{start}-{size}-{seed}", backbone=args.backbone, weights=args.weights, group="idea",
-                    split_column="split", head_start=start, interpolate=False, epochs=args.epochs, rate=args.rate, seed=seed,
+                    head_start=start, interpolate=False, epochs=args.epochs, rate=args.rate, seed=seed,
                     extraction={"precision": "fp32"}, if_changed=True, silent=True,
                 )  # fmt: skip
                 bundle = folder / f"{start}-{size}-{seed}"

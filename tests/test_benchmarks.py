@@ -96,7 +96,7 @@ CHECKS = {"bench_flips": check_flips, "bench_decode": check_decode}
         ("bench_decode", {"results", "accuracy"}),
         ("bench_multilabel", {"times_faster", "equal_predictions"}),
         ("bench_targets", {"results"}),
-        ("bench_routes", {"table", "tasks", "rank_correlations"}),
+        ("bench_routes", {"table", "starts", "tasks", "rank_correlations"}),
         ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb"}),
         ("bench_cluster", {"overhead_percent", "traffic_per_image", "features_times_limits", "objective_gap"}),
         ("layer_depth", {"columns", "results", "script"}),
@@ -123,6 +123,9 @@ def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures, lau
     elif name == "bench_routes":
         assert {row["tested_on"] for row in result["table"]} == {"source", "shifted"}
         assert [task["task"] for task in result["tasks"]] == ["a", "b", "digits"]
+        assert [(row["size"], row["start"]) for row in result["starts"]] == [
+            (size, start) for size in (8, 10) for start in ("exact", "random")
+        ]
     elif name == "bench_finetune":
         assert 0 < result["cost"]["share"] < 1  # the tail does part of what the whole network does
         tried = {choice["rate"]: choice["validation"] for choice in result["choice"]}
