@@ -172,7 +172,7 @@ def test_two_kinds_of_target_are_refused():
     [
         ({"label": ""}, "label '' must be the name of a column"),
         ({"split_column": 3}, "split_column 3 must be the name of a column"),
-        ({"multilabel": ()}, r"multilabel \(\) must not be empty"),
+        ({"multilabel": ()}, r"multilabel=\(\) must not be empty"),
         ({"label": "kind", "group": "kind"}, "group='kind' is the column of the classes"),
         ({"group": "label"}, "group='label' is the column of the classes"),
     ],
