@@ -158,7 +158,7 @@ def test_every_column_of_every_space_is_tested_and_p_values_are_adjusted(pile, r
     assert [column["column"] for column in of_one["columns"]] == ["c:gap"]
     with pytest.raises(UsageError, match="unknown column 'd'"):
         drift(pile.store, reference="first", columns=["c", "d"], silent=True)
-    with pytest.raises(UsageError, match=r"columns \(\) must not be empty"):
+    with pytest.raises(UsageError, match=r"columns=\(\) must not be empty"):
         drift(pile.store, reference="first", columns=[], silent=True)
     named = drift(pile.store, reference="first", columns=["a", "old"], silent=True)
     assert [column["column"] for column in named["columns"]] == ["a:gap"]
