@@ -83,7 +83,7 @@ def test_what_is_missing_is_still_called_missing(shut, tmp_path) -> None:
             open_source(tmp_path / name)
     with pytest.raises(StoreError, match="there is no feature store at"):
         FeatureStore(tmp_path / "no", create=False)
-    with pytest.raises(BundleError, match="is missing, not a bundle"):
+    with pytest.raises(BundleError, match="there is no bundle at"):
         read_manifest(tmp_path / "no")
     with pytest.raises(UsageError, match="does not exist"):
         read_checkpoint(tmp_path / "no.pth")
