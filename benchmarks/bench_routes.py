@@ -52,11 +52,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def measured(args: argparse.Namespace, data: Path, work: Path) -> dict[str, Any]:
     """The table, the starts, then the tasks; with what other parts had given before."""
-    found: dict[str, Any] = {"backbone": args.backbone, "settings": settings_of(args)}
+    settings = {part: settings_of(args) for part in PARTS if args.part in ("all", part)}
+    before: dict[str, Any] = {}
     file = record.RESULTS / "bench_routes.json"
     if args.part != "all" and args.record and file.exists():
-        before = json.loads(file.read_text())
-        found = {name: value for name, value in before.items() if name in PARTS} | found
+        before = {name: value for name, value in json.loads(file.read_text()).items() if name in (*GIVEN, "settings")}
+    found = {**before, "backbone": args.backbone, "settings": {**before.get("settings", {}), **settings}}
     if args.part in ("all", "table"):
         found["table"] = table(args, data, work)
     if args.part in ("all", "starts"):
@@ -249,7 +250,8 @@ TASKS: dict[str, Callable[[Path], Pictures]] = {
     "emoji-google-blurred": lambda data: emoji(data, "google", blurred),
     "emoji-google-inverted": lambda data: emoji(data, "google", ImageOps.invert),
 }
-PARTS = ("table", "starts", "tasks", "rank_correlations")
+PARTS = ("table", "starts", "distance")
+GIVEN = ("table", "starts", "tasks", "rank_correlations")
 TINY = {"a": lambda data: emoji(data, "google"), "b": lambda data: emoji(data, "apple"), "digits": lambda _: digits()}
 
 
@@ -257,7 +259,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("--data", default="data", help="see above (default: data)")
     parser.add_argument("--work", default="bench-routes", help="where everything is kept (default: bench-routes)")
-    parser.add_argument("--part", default="all", choices=("all", "table", "starts", "distance"))
+    parser.add_argument("--part", default="all", choices=("all", *PARTS))
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--weights", default="DEFAULT")
     parser.add_argument("--cut", default="blocks.10", help="where tails begin (default: blocks.10)")
