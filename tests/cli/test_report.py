@@ -8,7 +8,11 @@ REPORT = "featurepipe.reporting.from_store:report"
 NIGHTS = "featurepipe.reporting.nights:nights_report"
 
 
-def test_options_of_findings_reach_the_verb(verb, call, store, monkeypatch):
+def test_options_of_findings_reach_the_verb(verb, call, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b", "photos", "others"):  # paths that are not there are refused at once
+        (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / "b" / "bundle.json").write_text("{}")
     monkeypatch.setattr("sys.argv", ["featurepipe", "report", "kept"])
     called = verb(REPORT, Path("page.html"))
     line = (

@@ -129,7 +129,7 @@ def test_correlations_that_are_undefined_are_not_told():
 def test_the_end_says_how_long_and_who_was_left_out():
     last = text(DOCUMENT).splitlines()[-2:]
     assert last[0] == "5-fold cross-validation, repeated 3 times with new folds."
-    assert last[1].startswith("extract 0:12, measure 0:03; ")
+    assert last[1].startswith("extract 12 s, measure 3.0 s; ")
     assert last[1].endswith("; left out: 3 unlabelled, 2 shifted of other classes")
 
 
@@ -137,7 +137,7 @@ def test_an_own_split_is_named():
     assert "the split test, 3 seeds" in text(changed(settings={"folds": None}))
 
 
-@pytest.mark.parametrize(("speed", "expected"), [(50.0, "about 0:02"), (None, "nothing to compute")])
+@pytest.mark.parametrize(("speed", "expected"), [(50.0, "about 2 s"), (None, "nothing to compute")])
 def test_a_plan_says_what_would_be_done(speed, expected):
     estimate = {"dataset": "album", "to_read": 100, "seconds": 2.0, "images_per_second": speed,
                 "bytes_per_column": {"a:gap": 3000, "b:gap": 1000}}  # fmt: skip
