@@ -313,8 +313,8 @@ def near_paths(path: str, holding: str = "") -> str:
         return ""
     if holding:
         names = [name for name in names if os.path.lexists(where.parent / name / holding)]
-        return ", ".join(str(where.parent / one) for one in (nearest(where.name, names) or names)[:3])
-    return ", ".join(str(where.parent / one) for one in nearest(where.name, names))
+    near = nearest(where.name, names) or (names[:3] if holding else [])
+    return ", ".join(str(where.parent / one) for one in near)
 
 
 _NEIGHBOURS = 10_000  # entries of a folder that are compared with a misspelt name

@@ -27,14 +27,8 @@ _ADDITIONS = (operator.add, torch.add)
 
 def fold_batch_norm(network: fx.GraphModule) -> None:
     """Folds each BatchNorm2d whose input comes from a convolution that nothing else reads."""
-    modules = dict(network.named_modules())
     calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
-    for node in list(network.graph.nodes):
-        norm = _module(modules, node, nn.BatchNorm2d)
-        before = node.args[0] if norm is not None and isinstance(node.args[0], fx.Node) else None
-        conv = _module(modules, before, nn.Conv2d) if before is not None else None
-        if norm is None or conv is None or before is None or len(before.users) > 1 or not norm.track_running_stats:
-            continue
+    for before, conv, node, norm in _normed_convolutions(network.graph, dict(network.named_modules())):
         if calls[before.target] > 1:
             continue  # one convolution called twice keeps its own weights
         _replace(network, str(before.target), fuse_conv_bn_eval(conv, norm))
@@ -42,6 +36,20 @@ def fold_batch_norm(network: fx.GraphModule) -> None:
         network.graph.erase_node(node)
     network.graph.lint()
     network.recompile()
+
+
+def _normed_convolutions(
+    graph: fx.Graph, modules: dict[str, nn.Module]
+) -> list[tuple[fx.Node, nn.Conv2d, fx.Node, nn.BatchNorm2d]]:
+    """Each convolution whose output a BatchNorm with kept statistics alone reads: its node, itself, the norm's node, the norm."""
+    found = []
+    for node in graph.nodes:
+        norm = _module(modules, node, nn.BatchNorm2d)
+        before = node.args[0] if norm is not None and isinstance(node.args[0], fx.Node) else None
+        conv = _module(modules, before, nn.Conv2d) if before is not None else None
+        if before is not None and conv is not None and len(before.users) == 1 and norm.track_running_stats:
+            found.append((before, conv, node, norm))
+    return found
 
 
 def with_folded_norms(network: fx.GraphModule) -> fx.GraphModule:
@@ -54,14 +62,8 @@ def with_folded_norms(network: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     out = graph.graph_copy(network.graph, copies)
     graph.output(out)
-    modules = dict(network.named_modules())
-    for node in list(graph.nodes):
-        norm = _module(modules, node, nn.BatchNorm2d)
-        before = node.args[0] if norm is not None and isinstance(node.args[0], fx.Node) else None
-        conv = _module(modules, before, nn.Conv2d) if before is not None else None
-        if norm is None or conv is None or before is None or len(before.users) > 1 or conv.padding_mode != "zeros":
-            continue
-        if norm.training or not norm.track_running_stats or not norm.affine:
+    for before, conv, node, norm in _normed_convolutions(graph, dict(network.named_modules())):
+        if conv.padding_mode != "zeros" or norm.training or not norm.affine:
             continue
         with graph.inserting_before(node):
             weight, bias = (

@@ -72,13 +72,10 @@ def plan_text(found: Mapping[str, Any]) -> str:
         f"{found['dataset']}, {found['backbone']}: {len(rows)} columns",
         table(["column", "width", "of the forward"], rows),
     ]
-    for estimate in found["extractions"]:
-        seconds = f"about {spoken(estimate['seconds'])}" if estimate["images_per_second"] else "nothing to compute"
-        needed = size(sum(estimate["bytes_per_column"].values()))
-        lines.append(f"{estimate['dataset']}: {estimate['to_read']:,} images to read, {seconds}, {needed}")
     lines += [
+        *extraction_lines(found["extractions"]),
         f"phases after extracting: {MEASURE}, {counted(found['measurements'], 'fit')}{_lasts(found, MEASURE)}; {JOIN}, "
-        f"{counted(found['side_by_side'], 'fit')} at most{_lasts(found, JOIN)}; {DESCRIBE}{_lasts(found, DESCRIBE)}"
+        f"{counted(found['side_by_side'], 'fit')} at most{_lasts(found, JOIN)}; {DESCRIBE}{_lasts(found, DESCRIBE)}",
     ]
     known = [value for value in found["seconds"].values() if value is not None]
     lines.append(
@@ -221,6 +218,16 @@ def _side_by_side(found: Mapping[str, Any]) -> Sequence[str]:
     against = found["concatenations"][0]
     title = f"side by side, {against['head']}, against {against['against']} alone"
     return [f"{title}\n{table(['columns', measure_of(found).word, 'difference', '95 % interval'], rows)}"]
+
+
+def extraction_lines(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is to be computed of each dataset, and how long that takes, as dry runs of extractions estimate it."""
+    lines = []
+    for estimate in estimates:
+        seconds = f"about {spoken(estimate['seconds'])}" if estimate["images_per_second"] else "nothing to compute"
+        needed = size(sum(estimate["bytes_per_column"].values()))
+        lines.append(f"{estimate['dataset']}: {estimate['to_read']:,} images to read, {seconds}, {needed}")
+    return lines
 
 
 def _scores(found: Mapping[str, Any]) -> Sequence[str]:

@@ -16,7 +16,8 @@ from featurepipe.display import size as size_of
 from featurepipe.heads.statistics.comparison import AccuracyEstimate, cheapest_within_one_se
 from featurepipe.layer_depth import answers as of_layers
 from featurepipe.layer_depth.answers import SHIFTED, SOURCE
-from featurepipe.progress import spoken, took
+from featurepipe.layer_depth.text import extraction_lines
+from featurepipe.progress import took
 from featurepipe.reporting.blocks import measure_of, with_values
 from featurepipe.transfer_routes.measure import OVER_BUDGET, MeasuredRoute, Untried
 from featurepipe.transfer_routes.options import AS_IT_IS, ROUTES, SCRATCH, TAIL
@@ -328,10 +329,7 @@ def plan_text(found: Mapping[str, Any]) -> str:
         f"{found['dataset']}, {found['backbone']}: {counted(len(rows), 'frozen node')}",
         table(["column", "width", "of the forward"], rows),
     ]
-    for estimate_ in found["extractions"]:
-        seconds = f"about {spoken(estimate_['seconds'])}" if estimate_["images_per_second"] else "nothing to compute"
-        needed = size_of(sum(estimate_["bytes_per_column"].values()))
-        lines.append(f"{estimate_['dataset']}: {estimate_['to_read']:,} images to read, {seconds}, {needed}")
+    lines += extraction_lines(found["extractions"])
     lines.append(
         f"{size_of(found['bytes'])} would be written to {found['store']}, where {size_of(found['free'])} are free"
     )

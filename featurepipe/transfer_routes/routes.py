@@ -195,8 +195,7 @@ def routes(
     layers = DepthOptions(max_width=max_width, **RoleOptions.of(options).arguments())
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code)
     with executor_on(None if dry_run else cluster, say=say) as executor:
-        plan = _planned(wanted, options)
-        _check_own_classes(plan, options, labels, extraction or {})
+        plan = _planned(wanted, options, labels, extraction or {})
         arguments = {**(extraction or {}), "cluster": executor}
         if dry_run:
             return _outlook(extracted(plan.wanted, dict(arguments), dry_run=True, say=say), plan, options)
@@ -415,7 +414,7 @@ def _network_name(wanted: Wanted) -> str:
     return network_for(store, wanted.backbone, wanted.weights, Silent().say)  # the extraction says which
 
 
-def _planned(wanted: Wanted, options: RoutesOptions) -> _Plan:
+def _planned(wanted: Wanted, options: RoutesOptions, labels: Any, extraction: Mapping[str, Any]) -> _Plan:
     """Which columns of which nodes are read, of a store those that it has."""
     held: Mapping[str, Any] | None = None
     if is_store(wanted.source):
@@ -449,6 +448,11 @@ def _planned(wanted: Wanted, options: RoutesOptions) -> _Plan:
     if held is not None:
         is_random = bool(space.notes.get("backbone", {}).get("random"))
     _plan_images(plan, options, None if held is None else kept, is_random=is_random)
+    is_asked = options.routes is not None and AS_IT_IS in options.kinds
+    if (
+        is_asked and held is None and labels is None and options.label is None
+    ):  # others are joined to images that are known
+        _plan_own_classes(plan, network, options, extraction)
     return plan
 
 
@@ -489,6 +493,15 @@ def _plan_blocks(plan: _Plan, network: Backbone, options: RoutesOptions, held: M
         why = f"{have} all blocks of {network.name}, and it takes two; give the images as the source, and the store with --store"
         plan.blocks = {}
         plan.refuse(LAYERS, why, options)
+
+
+def _plan_own_classes(plan: _Plan, network: Backbone, options: RoutesOptions, extraction: Mapping[str, Any]) -> None:
+    """Whether some label of the images is one of the network's own classes, before any is computed, if that was asked for."""
+    with closing(opened(plan.wanted.source, source_options(extraction))) as images:
+        listed = sorted({label for label in images.scan().column("label").to_pylist() if label is not None})
+    classes = told_apart(network.classes)
+    if listed and classes and not _are_known(_matched(classes, listed, options), listed):
+        plan.refuse(AS_IT_IS, _unmatched(network, listed), options)
 
 
 def _plan_images(plan: _Plan, options: RoutesOptions, store: FeatureStore | None, *, is_random: bool) -> None:
@@ -648,25 +661,6 @@ def _similarity(
         source, network, found.machine, space.fields, extraction, weights=name.weights, seed=name.seed,
         images=hashlib.sha256(np.sort(study.every.images.keys64)).hexdigest(), journal=journal, executor=executor,
     )  # fmt: skip
-
-
-def _check_own_classes(plan: _Plan, options: RoutesOptions, labels: Any, extraction: Mapping[str, Any]) -> None:
-    """Refuses a network's own classes that were asked for, before images are computed, as far as their listing tells.
-
-    Raises:
-        UsageError: None of the labels is one of them.
-    """
-    source = plan.wanted.source
-    if options.routes is None or AS_IT_IS not in options.kinds or is_store(source):
-        return
-    if labels is not None or options.label is not None:
-        return  # they are joined to images that are known
-    with closing(opened(source, source_options(extraction))) as images:
-        listed = sorted({label for label in images.scan().column("label").to_pylist() if label is not None})
-    network = load_backbone(_network_name(plan.wanted), plan.wanted.weights)
-    classes = told_apart(network.classes)
-    if listed and classes and not _are_known(_matched(classes, listed, options), listed):
-        plan.refuse(AS_IT_IS, _unmatched(network, listed), options)
 
 
 def _matched(classes: Sequence[str], labels: list[str], options: RoutesOptions) -> LabelsOfClasses:

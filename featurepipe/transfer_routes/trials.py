@@ -438,6 +438,7 @@ def _tuned(
         TuningCheckpoint,
         TuningObjective,
         TuningRun,
+        random_head,
         score_rows,
         tune,
     )
@@ -450,9 +451,7 @@ def _tuned(
     weights = None if data.weights is None else np.asarray(data.weights, np.float64)
     objective = TuningObjective.of(kind, data.truth, weights, fold.fit)
     if is_scratch:
-        random = np.random.default_rng(trial.seed)
-        outputs = len(study.classes) if kind == "multiclass" else data.labels
-        head = random.uniform(-1, 1, (outputs, body.width)) / np.sqrt(body.width), np.zeros(outputs)
+        head = random_head(len(study.classes) if kind == "multiclass" else data.labels, body.width, trial.seed)
     else:
         head = objective.to_scores(*_exact_head(data, study, fold))
     torch.manual_seed(trial.seed)

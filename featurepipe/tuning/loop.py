@@ -118,6 +118,12 @@ class TuningObjective:
         return (scores[:, 0] - torch.from_numpy((answers - self.centre) / self.scale).to(scores)) ** 2
 
 
+def random_head(outputs: int, width: int, seed: int) -> tuple[Floats, Floats]:
+    """A head (K, D), (K,) that has learned nothing, in the scores of an objective."""
+    weight = np.random.default_rng(seed).uniform(-1, 1, (outputs, width)) / np.sqrt(width)
+    return weight, np.zeros(outputs)
+
+
 State = dict[str, Tensor]
 
 SAVE_SECONDS = 30.0

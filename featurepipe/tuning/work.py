@@ -46,7 +46,16 @@ from featurepipe.training.text import mix_text
 from featurepipe.training.train import UNCHANGED, labels_name, roles_asked
 from featurepipe.training.tuning import search
 from featurepipe.tuning.activations import step_seconds
-from featurepipe.tuning.loop import Examples, Model, Rows, TuningCheckpoint, TuningObjective, digest_of, score_rows
+from featurepipe.tuning.loop import (
+    Examples,
+    Model,
+    Rows,
+    TuningCheckpoint,
+    TuningObjective,
+    digest_of,
+    random_head,
+    score_rows,
+)
 from featurepipe.tuning.options import RANDOM, Schedule, TuneOptions
 from featurepipe.tuning.peers import Peers
 from featurepipe.tuning.runs import MIXES, TunedCut, TunedRun, TuningContext, adopt_best_mix, told_runs, tuned_runs
@@ -123,9 +132,8 @@ class TuningWork(ABC):
         if not self.is_scratch:
             self.leave_out(self.fill_frozen(self.learned_from), say)
         if self.begins_random:
-            random, outputs = np.random.default_rng(self.options.seed), max(1, len(self.task.classes))
-            weight = random.uniform(-1, 1, (outputs, self.body.width)) / np.sqrt(self.body.width)
-            return self.objective.to_target(weight, np.zeros(outputs))
+            head = random_head(max(1, len(self.task.classes)), self.body.width, self.options.seed)
+            return self.objective.to_target(*head)
         division = self.task.division
         self.recipe = self.recipe.with_params(search(self.task, self.recipe, jobs=1, say=say, climbs=True).params)
         return linear_map(fit(self.task, self.recipe, division.train, say))
