@@ -1,12 +1,13 @@
-"""Names of a package that load what they need when they are first used (PEP 562), and names that modules had before."""
+"""Names that load what they need when they are first used (PEP 562), here and in a library; and names that modules had before."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -69,3 +70,81 @@ class _FormerModules(MetaPathFinder, Loader):
         """Fills the module that ``import`` has made."""
         home = importlib.import_module(self._homes[module.__name__])
         vars(module)["__getattr__"] = lambda name: getattr(home, name)
+
+
+def import_within(packages: Sequence[str], context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Has packages executed within a context when they are first imported, by whomever; those that are there already stay as they are."""
+    sys.meta_path[:0] = [_WithinContext(package, context) for package in packages if package not in sys.modules]
+
+
+class _WithinContext(MetaPathFinder, Loader):
+    """Finds one package where it is, and executes it within a context."""
+
+    def __init__(self, package: str, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._package, self._context = package, context
+        self._loader: Loader | None = None
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        """The package's own, with this loader."""
+        if fullname != self._package:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As the package's own loader does."""
+        assert self._loader is not None  # noqa: S101 - set by `find_spec`, which gave this loader
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Executes the package."""
+        assert self._loader is not None and module.__spec__ is not None  # noqa: S101, PT018 - as above
+        module.__spec__.loader = module.__loader__ = self._loader
+        with self._context():
+            self._loader.exec_module(module)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Keeps who is imported from loading PyTorch's compiler, ``torch._dynamo``, before there is anything to compile.
+
+    That takes longer than all the rest of torchvision, which takes one function from there and marks another as not to be
+    compiled. The function is then loaded when it is called, and the mark is set when what it marks is.
+    """
+    import torch
+
+    name, compiler = "torch._dynamo.utils", torch.compiler
+    before, on_call = compiler.disable, getattr(torch, "_disable_dynamo", None)
+    stand_in = _StandIn(name)
+    if "torch._dynamo" in sys.modules or on_call is None:
+        yield
+        return
+    sys.modules[name] = stand_in
+    vars(compiler)["disable"] = lambda fn=None, recursive=True, **_reason: on_call(fn, recursive)
+    try:
+        yield
+    finally:
+        vars(compiler)["disable"] = before
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+
+
+class _StandIn(ModuleType):
+    """A module of functions that load the real one when they are called."""
+
+    def __getattr__(self, attribute: str) -> Callable[..., Any]:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+
+        def called(*arguments: Any, **named: Any) -> Any:
+            return getattr(importlib.import_module(self.__name__), attribute)(*arguments, **named)
+
+        return called

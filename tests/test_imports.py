@@ -122,6 +122,53 @@ def test_extracting_here_loads_no_dask():
     assert "dask" not in loaded("import featurepipe.extraction.extract")
 
 
+SERVED = ("lenet5", "alexnet", "vgg16", "googlenet", "inception_v3", "resnet50", "efficientnet_lite0")
+
+
+def test_neither_nodes_nor_extraction_load_the_compiler_of_pytorch(tmp_path):
+    """It and sympy would take a third of a short command; torchvision asks for it as it is imported, PyTorch at shapes alone."""
+    script = f"""
+import sys
+import numpy as np
+import featurepipe
+for name in {SERVED}:
+    assert len(featurepipe.load_backbone(name, "none").nodes()) > 10
+images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+made = featurepipe.extract(images, {str(tmp_path / "store")!r}, dataset="noise", backbone="lenet5", weights="none", silent=True)
+assert made["counts"]["computed"] == 4, made
+assert "torchvision.transforms.v2" in sys.modules
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    done = run("-c", script)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_what_is_left_of_the_compiler_works_when_it_is_asked_for():
+    script = """
+import sys, torch
+disable = torch.compiler.disable
+from featurepipe.backbones.loading import load_backbone
+import torchvision
+from torchvision import tv_tensors
+from torchvision.ops import roi_align
+assert "torch._dynamo" not in sys.modules and "torch._dynamo.utils" not in sys.modules
+assert torch.compiler.disable is disable
+boxes = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]])
+pooled = roi_align(torch.arange(16.0).reshape(1, 1, 4, 4), boxes, output_size=1, sampling_ratio=2, aligned=True)
+assert pooled.shape == (1, 1, 1, 1) and 7 < float(pooled) < 8, pooled
+asked = sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu")
+import torch._dynamo.utils
+assert asked == torch._dynamo.utils.is_compile_supported("cpu")
+image = tv_tensors.Image(torch.zeros(3, 2, 2))
+assert type(tv_tensors.wrap(torch.ones(3, 2, 2), like=image)) is tv_tensors.Image
+doubled = torch.compile(lambda values: values * 2, backend="eager")
+assert doubled(torch.ones(2)).tolist() == [2, 2]
+print("all of it")
+"""
+    done = run("-c", script)
+    assert (done.returncode, done.stdout.strip()) == (0, "all of it"), done.stderr
+
+
 def test_asking_for_images_of_a_store_loads_no_torch():
     """It would take longer than a search among a million images; only new images need a network."""
     found = loaded("import featurepipe.curation.similar, featurepipe.curation.next_to_label")

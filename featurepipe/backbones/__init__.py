@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from featurepipe.lazy_names import lazy_names
+from featurepipe.lazy_names import import_within, lazy_names, without_compiler
 
 if TYPE_CHECKING:
     from featurepipe.backbones.engine import node_times
@@ -60,3 +60,5 @@ _HOMES = {
 }
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)
+
+import_within(["torchvision", "torchvision.tv_tensors"], without_compiler)

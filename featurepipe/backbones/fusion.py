@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 _ADDITIONS = (operator.add, torch.add)
@@ -119,8 +118,8 @@ def fuse_onednn(network: fx.GraphModule, image: torch.Tensor, batch_size: int) -
         image: one image (1, C, H, W) of that dtype, to find the shapes to pack weights for.
         batch_size: the usual number of images in a batch; others still work.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.inference_mode():
-        _NotesShapes(network).run(mode.from_tensor(image))
+    with torch.inference_mode():  # one image takes less than to load what finds shapes without values
+        _NotesShapes(network).run(image)
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         conv = _module(modules, node, nn.Conv2d)

@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torchvision
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn import functional
 from torchvision.models.feature_extraction import NodePathTracer
 from torchvision.ops import MLP, Conv2dNormActivation, SqueezeExcitation
 
@@ -397,41 +398,138 @@ def _ending_blocks(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def _run_graph(found: Trace, input_shape: tuple[int, int, int]) -> dict[str, _Seen]:
     runner = _Counting(fx.GraphModule(found.module, found.graph))
-    device = next(iter(found.module.parameters()), torch.empty(0)).device
-    with torch.inference_mode(), runner.counter:
-        runner.run(torch.zeros(_BATCH, *input_shape, device=device))
+    with torch.inference_mode():
+        runner.run(_zeros((_BATCH, *input_shape)))
     return {found.names[node]: value for node, value in runner.seen.items()}
 
 
 _SAME_SHAPE = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Dropout,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish,
+    nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Dropout,
 )  # fmt: skip
 """Layers whose output has the shape of their input, without an operation that is counted; a class made of one may do anything."""
 
 
+_FREE_LAYERS = (
+    nn.Identity, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ZeroPad2d, nn.Upsample, nn.Softmax,
+)  # fmt: skip
+_FREE_FUNCTIONS = frozenset({
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.neg, operator.eq,
+    operator.getitem, getattr, len, int, torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.stack, torch.flatten,
+    torch.reshape, torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze, torch.chunk, torch.split, torch.mean, torch.sum,
+    functional.avg_pool2d, functional.max_pool2d, functional.adaptive_avg_pool2d, functional.pad, functional.softmax,
+    functional.normalize,
+})  # fmt: skip
+_FREE_METHODS = frozenset({
+    "add", "chunk", "contiguous", "dim", "expand", "flatten", "mean", "mul", "permute", "reshape", "size", "softmax", "split",
+    "squeeze", "sum", "transpose", "unbind", "unsqueeze", "view",
+})  # fmt: skip
+"""What multiplies no matrices, so that nothing is counted: layers, functions and methods. All take zeros that share one place."""
+_SAME_SHAPE_FUNCTIONS = frozenset({
+    functional.relu, functional.relu6, functional.silu, functional.gelu, functional.hardswish, functional.hardsigmoid,
+    functional.dropout, torch.relu, torch.sigmoid, torch.tanh,
+})  # fmt: skip
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros that take the memory of one."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+def _mapped(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return fx.node.map_aggregate(values, lambda value: change(value) if isinstance(value, Tensor) else value)
+
+
+def _with_values(value: Tensor) -> Tensor:
+    return _zeros(value.shape, value.dtype) if value.is_meta else value
+
+
+def _flop_counter() -> Any:
+    from torch.utils.flop_counter import FlopCounterMode  # loads triton where it is, which takes half a second
+
+    return FlopCounterMode(display=False)
+
+
 class _Counting(fx.Interpreter):
-    """Runs a graph node by node and notes the shape and the operations so far."""
+    """Runs a graph node by node, on zeros, and notes the shape and the operations so far.
+
+    The parameters have no values, so that a matrix or a convolution only gives zeros in the right shape; what has no parameters is
+    run. What is neither known to be free nor one of the commonest layers is run without values under PyTorch's counter. All of it
+    could be; but without values PyTorch loads ``torch._dynamo`` and sympy at the first sum, which takes 3 s.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.counter = FlopCounterMode(display=False)
+        self.extra_traceback = False  # which would load the compiler to describe where it was
+        self.is_empty = any(parameter.is_meta for parameter in module.parameters())
+        self.operations = 0
         self.seen: dict[fx.Node, _Seen] = {}
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A parameter or a buffer."""
+        return _mapped(super().get_attr(target, args, kwargs), _with_values)
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Runs a module, or makes the shape alone where that is the input's: PyTorch would decompose it in Python for nothing."""
-        if args and args[0].is_meta and type(self.fetch_attr(target)) in _SAME_SHAPE:
-            return torch.empty_like(args[0])
-        return super().call_module(target, args, kwargs)
+        """Runs a layer."""
+        layer = self.fetch_attr(target)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            if type(layer) in _SAME_SHAPE:
+                return args[0]
+            if (shape := _shape_after(layer, tuple(args[0].shape))) is not None:
+                self.operations += 2 * math.prod(shape) * layer.weight[0].numel()
+                return _zeros(shape, args[0].dtype)
+        return self._run(super().call_module, target, args, kwargs, is_free=type(layer) in _FREE_LAYERS)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a function."""
+        if target in _SAME_SHAPE_FUNCTIONS and isinstance(args[0], Tensor):
+            return args[0]
+        return self._run(super().call_function, target, args, kwargs, is_free=target in _FREE_FUNCTIONS)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a method."""
+        return self._run(super().call_method, target, args, kwargs, is_free=target in _FREE_METHODS)
+
+    def _run(self, call: Callable[..., Any], target: Any, args: Any, kwargs: Any, *, is_free: bool) -> Any:
+        if is_free:
+            return call(target, args, kwargs)
+        device = "meta" if self.is_empty else "cpu"
+        own = partial(torch.zeros, device=device)
+        args, kwargs = (_mapped(given, lambda v: own(v.shape, dtype=v.dtype)) for given in (args, kwargs))
+        with _flop_counter() as counter:
+            result = call(target, args, kwargs)
+        self.operations += counter.get_total_flops()
+        return _mapped(result, _with_values)
 
     def run_node(self, n: fx.Node) -> Any:
+        """Runs a node."""
         result = super().run_node(n)
         if (
             n.op not in ("placeholder", "get_attr", "output")
             and isinstance(result, Tensor)
             and result.is_floating_point()
         ):
-            self.seen[n] = _Seen(tuple(result.shape), self.counter.get_total_flops())
+            self.seen[n] = _Seen(tuple(result.shape), self.operations)
         return result
+
+
+def _shape_after(layer: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What a matrix or a convolution makes of a shape; None of other layers.
+
+    Raises:
+        RuntimeError: The shape does not suit, as PyTorch would say.
+    """
+    if type(layer) is nn.Linear:
+        if shape[-1] != layer.in_features:
+            raise RuntimeError(f"{layer} does not take {shape}")
+        return (*shape[:-1], layer.out_features)
+    if type(layer) is not nn.Conv2d or isinstance(layer.padding, str) or len(shape) != 4:
+        return None
+    sides = zip(shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
+    found = [(side + 2 * pad - apart * (kernel - 1) - 1) // stride + 1 for side, kernel, stride, pad, apart in sides]
+    if shape[1] != layer.in_channels or min(found) < 1:
+        raise RuntimeError(f"{layer} does not take {shape}")
+    return (shape[0], layer.out_channels, *found)
 
 
 class HookedRun(NamedTuple):
@@ -469,7 +567,7 @@ def run_hooked(module: nn.Module, input_shape: tuple[int, int, int]) -> HookedRu
 
 
 def _finished_modules(module: nn.Module, input_shape: tuple[int, int, int]) -> list[_Finished]:
-    counter = FlopCounterMode(display=False)
+    counter = _flop_counter()
     finished: list[_Finished] = []
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -44,6 +44,52 @@ def test_lenets_nodes_by_hand() -> None:
     }
 
 
+class Mixed(nn.Module):
+    """Layers whose shapes we find ourselves beside others: grouped, dilated, padded and transposed convolutions, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
+        self.grouped = nn.Conv2d(8, 8, 3, padding="same", groups=4)
+        self.pad = nn.ZeroPad2d((1, 2, 0, 3))
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.norm = nn.GroupNorm(2, 6)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.embedding = nn.Parameter(torch.zeros(1, 16, 6))
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.grouped(self.first(x).relu_())
+        x = torch.cat([x, x * 2], dim=1)[:, :8]
+        x = self.pool(self.norm(self.up(self.pad(x))))
+        x = x.flatten(2).transpose(1, 2) + self.embedding
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.last(x).mean(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_costs_and_shapes_are_those_of_pytorchs_own_counter(device: str, request: pytest.FixtureRequest) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = Mixed().eval().to(device)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    request.addfinalizer(lambda: torch.backends.mha.set_fastpath_enabled(fast))
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation, which the counter does not know
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(3, 3, 20, 24, device=device))
+    total = counter.get_total_flops()
+    first, grouped = 2 * 3 * 8 * 10 * 20 * (3 * 3 * 5), 2 * 3 * 8 * 10 * 20 * (2 * 9)
+    infos = {info.name: info for info in measure_trace(trace(network), (3, 20, 24))}  # type: ignore[arg-type]
+    assert infos["first"].shape == (8, 10, 20)
+    assert infos["pad"].shape == (8, 13, 23)
+    assert infos["up"].shape == (6, 26, 46)
+    assert infos["last"].shape == (16, 5)
+    assert infos["first"].cost == pytest.approx(first / total)
+    assert infos["grouped"].cost == pytest.approx((first + grouped) / total)
+    assert infos["add_1"].cost == pytest.approx(1 - 2 * 3 * 16 * 6 * 5 / total)
+
+
 def test_resnet50s_stages_are_blocks_that_end_at_the_last_relu() -> None:
     backbone = backbone_of("resnet50")
     info = backbone.node("layer4")
