@@ -266,7 +266,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", default="5,20,100,all", help="of the table, images a class (default: 5,20,100,all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--images", type=int, default=100, help="of each class of a task (default: 100)")
     parser.add_argument("--test-images", type=int, default=None, help="of a task at most (default: a fifth of all)")
 

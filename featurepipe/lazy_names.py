@@ -73,7 +73,7 @@ class _FormerModules(MetaPathFinder, Loader):
 
 
 def import_within(packages: Sequence[str], context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Has packages executed within a context when they are first imported, by whomever; those that are there already stay as they are."""
+    """Has packages executed within a context when they are first imported, by whomever; imported ones stay as they are."""
     sys.meta_path[:0] = [_WithinContext(package, context) for package in packages if package not in sys.modules]
 
 
@@ -119,8 +119,9 @@ def without_compiler() -> Iterator[None]:
     That takes longer than all the rest of torchvision, which takes one function from there and marks another as not to be
     compiled. The function is then loaded when it is called, and the mark is set when what it marks is.
     """
-    import torch
-
+    torch = importlib.import_module(
+        "torch"
+    )  # called for torchvision alone; heads and stores, which import this file, have none
     name, compiler = "torch._dynamo.utils", torch.compiler
     before, on_call = compiler.disable, getattr(torch, "_disable_dynamo", None)
     stand_in = _StandIn(name)

@@ -61,4 +61,5 @@ _HOMES = {
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
+
 import_within(["torchvision", "torchvision.tv_tensors"], without_compiler)

@@ -407,7 +407,7 @@ _SAME_SHAPE = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish,
     nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Dropout,
 )  # fmt: skip
-"""Layers whose output has the shape of their input, without an operation that is counted; a class made of one may do anything."""
+"""Layers whose output has the shape of their input, without an operation that is counted; a subclass may do anything."""
 
 
 _FREE_LAYERS = (
@@ -416,7 +416,8 @@ _FREE_LAYERS = (
 _FREE_FUNCTIONS = frozenset({
     operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.neg, operator.eq,
     operator.getitem, getattr, len, int, torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.stack, torch.flatten,
-    torch.reshape, torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze, torch.chunk, torch.split, torch.mean, torch.sum,
+    torch.reshape, torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze, torch.chunk, torch.split, torch.mean,
+    torch.sum,
     functional.avg_pool2d, functional.max_pool2d, functional.adaptive_avg_pool2d, functional.pad, functional.softmax,
     functional.normalize,
 })  # fmt: skip
@@ -453,9 +454,9 @@ def _flop_counter() -> Any:
 class _Counting(fx.Interpreter):
     """Runs a graph node by node, on zeros, and notes the shape and the operations so far.
 
-    The parameters have no values, so that a matrix or a convolution only gives zeros in the right shape; what has no parameters is
-    run. What is neither known to be free nor one of the commonest layers is run without values under PyTorch's counter. All of it
-    could be; but without values PyTorch loads ``torch._dynamo`` and sympy at the first sum, which takes 3 s.
+    The parameters have no values, so that a matrix or a convolution only gives zeros in the right shape; what has none is
+    run. What is neither known to be free nor one of the commonest layers is run without values under PyTorch's counter. All of
+    it could be; but without values PyTorch loads ``torch._dynamo`` and sympy at the first sum, which takes 3 s.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:

@@ -91,7 +91,8 @@ class RoutesOptions(RoleOptions):
         check=at_least(1, 10_000),
     )  # fmt: skip
     rate: float | None = option(
-        None, f"of tuning, the learning rate of the head and the highest block (default: {_DEFAULTS.rate:g}; from scratch 0.001)",
+        None, f"of tuning, the learning rate of the head and the highest block (default: {_DEFAULTS.rate:g}; of all layers of a "
+        "pretrained network 0.0003)",
         metavar="RATE",
     )  # fmt: skip
     batch_size: int | None = option(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from featurepipe.errors import Message
 from featurepipe.features.options import KEEP, SourceOptions
-from featurepipe.heads.families import make_head
+from featurepipe.heads.families import FAMILIES, make_head
 from featurepipe.heads.linear.linear_map import linear_map
 from featurepipe.heads.selection import best_columns, column_scores, kept_count, regression_targets
 from featurepipe.layer_depth.folds import Fold, with_choices
@@ -26,6 +26,7 @@ from featurepipe.store import FeatureStore
 from featurepipe.store.rows import ArrayRows
 from featurepipe.training.options import SHARES
 from featurepipe.training.selection import PATIENCE
+from featurepipe.training.tuning import climb
 from featurepipe.transfer_routes.options import ALL, AS_IT_IS, FROM_IMAGES, SCRATCH, TUNED, RoutesOptions
 from featurepipe.transfer_routes.study import VERSION, RoutesStudy
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 LEARNED_VERSION = 1
 """Of learning from images: goes up when the same settings would measure something else."""
+START_VERSION = 2
+"""Of the head that pretrained layers are tuned from, and of the rate that is usual; as above."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,7 @@ class RoutesContext:
 
             arguments = self.options.tuning(route.kind, route.cut).arguments()
             more = {"tuning": {name: arguments[name] for name in _DECIDING}, "torch": torch.__version__}
+            more |= {} if route.kind == SCRATCH else {"start_version": START_VERSION}
         if route.kind in FROM_IMAGES:
             more |= {"learned_version": LEARNED_VERSION, "precision": self.read_images.precision}
             more |= {"architecture": self.name} if route.kind == SCRATCH else {}
@@ -496,14 +500,27 @@ def _tuned(
 
 
 def _exact_head(data: Data, study: Study, fold: Fold) -> tuple[Array, Array]:
-    """The head on the frozen bottleneck of the images that are learned from, its penalty chosen on those set aside."""
+    """The head on the frozen bottleneck of the images that are learned from, as calm as those set aside allow (see `climb`)."""
     kind, name = study.protocol.target_type, study.protocol.heads[0]
-    (cell,) = measure_fold(data, fold, [name])
     one_sided: dict[str, Any] = {"one_sided": "drop"} if kind == "multilabel" else {}
-    head = make_head(name, target_type=kind, random_state=fold.seed, **one_sided, **cell.params)
-    last = head.steps[-1][0]
-    weights = {f"{last}__{key}": value for key, value in data.weights_of(fold.fit).items()}
-    head.fit(data.features.take(fold.fit).read(np.float32), data.truth[fold.fit], **weights)
+    fit, choose = data.features.take(fold.fit).read(np.float32), data.features.take(fold.choose).read(np.float32)
+
+    def fitted(params: Mapping[str, Any]) -> Any:
+        head = make_head(name, target_type=kind, random_state=fold.seed, **one_sided, **params)
+        last = head.steps[-1][0]
+        weights = {f"{last}__{key}": value for key, value in data.weights_of(fold.fit).items()}
+        return head.fit(fit, data.truth[fold.fit], **weights)
+
+    def values_of(some: Sequence[float]) -> list[float]:
+        said = (data.measure.answers(fitted({"C": C}), choose, data.labels) for C in some)
+        return [float(np.nanmean(data.measure.contributions(answers, data.truth[fold.choose]))) for answers in said]
+
+    if set(grid := FAMILIES[kind][name].grid) == {"C"}:
+        params = {"C": climb(grid["C"], values_of, len(fold.choose), data.measure.error, is_calm=True)}
+    else:
+        (cell,) = measure_fold(data, fold, [name])
+        params = dict(cell.params)
+    head = fitted(params)
     weight, bias = linear_map(head)
     if kind == "continuous" or len(weight) == (data.labels if kind == "multilabel" else len(study.classes)):
         return weight, bias

@@ -94,7 +94,8 @@ class LoopOptions(RoleOptions):
         check=at_least(1, 10_000),
     )  # fmt: skip
     rate: float | None = option(
-        None, "learning rate of the head and the highest block, after the warm-up (default: 0.0003; from scratch 0.001)",
+        None, "learning rate of the head and the highest block, after the warm-up (default: 0.001; of all layers of a "
+        "pretrained network 0.0003)",
         metavar="RATE", check=_positive,
     )  # fmt: skip
     lowest_rate: float | None = option(
@@ -201,7 +202,7 @@ class TuneOptions(LoopOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
         epochs = self.epochs or (min(300, max(60, -(-SCRATCH_STEPS // steps))) if is_scratch else 10)
         return Schedule(
             epochs=epochs,
-            rate=self.rate or (1e-3 if is_scratch else 3e-4),
+            rate=self.rate or (3e-4 if self.is_from_images and not is_scratch else 1e-3),
             lowest_rate=self.lowest_rate or (1.0 if is_scratch else 0.1),
             weight_decay=self.weight_decay if self.weight_decay is not None else 0.05 if is_scratch else 0.01,
             warmup=self.warmup,

@@ -128,14 +128,15 @@ class TuningWork(ABC):
         """What is tuned, as JSON values."""
 
     def first_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The affine map to begin with: exact on the frozen bottleneck, its penalty chosen on validation rows; or random."""
+        """The affine map to begin with: exact on the frozen bottleneck, as calm as validation rows allow; or random."""
         if not self.is_scratch:
             self.leave_out(self.fill_frozen(self.learned_from), say)
         if self.begins_random:
             head = random_head(max(1, len(self.task.classes)), self.body.width, self.options.seed)
             return self.objective.to_target(*head)
         division = self.task.division
-        self.recipe = self.recipe.with_params(search(self.task, self.recipe, jobs=1, say=say, climbs=True).params)
+        found = search(self.task, self.recipe, jobs=1, say=say, climbs=True)
+        self.recipe = self.recipe.with_params(found.calm_params(len(division.validation)))
         return linear_map(fit(self.task, self.recipe, division.train, say))
 
     def fill(self, body: torch.nn.Module, rows: Rows) -> Rows:

@@ -20,7 +20,10 @@ from featurepipe.backbones import load_backbone
 from featurepipe.cli import main
 from featurepipe.errors import DiskFull, UsageError
 from featurepipe.execution.executor import Worker
+from featurepipe.heads.families import make_head
+from featurepipe.layer_depth.folds import Fold
 from featurepipe.layer_depth.measure import Timing
+from featurepipe.layer_depth.probes import Data
 from featurepipe.reporting.report import write_report
 from featurepipe.store import FeatureStore
 from featurepipe.transfer_routes import measure, routes, similarity, trials
@@ -28,6 +31,7 @@ from featurepipe.transfer_routes.answers import plan_text, text
 from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.transfer_routes.similarity import layer_distances
 from featurepipe.transfer_routes.study import _ranked
+from featurepipe.transfer_routes.trials import _exact_head
 
 NETWORK: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "cuts": "s2", "nodes": ["s4:gap", "bottleneck"]}
 TAKEN = ("bottleneck", "node", "layers", "tail from s2", "scratch")
@@ -408,3 +412,26 @@ def test_options_say_what_is_wrong() -> None:
     assert RoutesOptions().kinds == ("as-it-is", "bottleneck", "node", "layers", "tail", "full", "scratch")
     with pytest.raises(UsageError, match="names a size twice"):
         RoutesOptions(sizes=(5, 5))
+
+
+def test_layers_are_tuned_from_the_calmest_head_that_does_as_well() -> None:
+    """Of 60 values each the best C separates the images that train; a smaller one does as well within a standard error."""
+    rng = np.random.default_rng(3)
+    codes = np.arange(400) % 2
+    values = rng.normal(size=(400, 60)).astype(np.float32)
+    values[:, 0] += 2.0 * codes
+    features = SimpleNamespace(take=lambda some: SimpleNamespace(read=lambda _dtype: values[some]))
+    fold = Fold(0, 0, np.arange(100), np.arange(100, 200), np.arange(200, 400))
+    study = SimpleNamespace(protocol=SimpleNamespace(target_type="multiclass", heads=("logistic",)), classes=("a", "b"))
+    weight, bias = _exact_head(Data(features, codes, None, np.empty(0, np.int64)), study, fold)  # type: ignore[arg-type]
+
+    def fitted(C: float) -> Any:
+        return make_head("logistic", C=C).fit(values[:100], codes[:100])
+
+    accuracies = {10.0**power: fitted(10.0**power).score(values[100:200], codes[100:200]) for power in range(-4, 3)}
+    best = max(accuracies.values())
+    calmest = min(C for C, value in accuracies.items() if value >= best - np.sqrt(best * (1 - best) / 100))
+    assert calmest < max(accuracies, key=lambda C: accuracies[C])
+    scores = values[200:].astype(np.float64) @ weight.T + bias
+    margins = scores[:, 1] - scores[:, 0]
+    assert margins == pytest.approx(fitted(calmest).decision_function(values[200:]), rel=1e-3, abs=1e-3)

@@ -185,6 +185,9 @@ def test_a_tuned_bundle_is_better_than_the_frozen_one_and_a_bundle_like_any_othe
     history = tuned["tuning"]["runs"][0]["history"]
     assert min(entry["loss"] for entry in history[1:]) < history[0]["loss"]
     assert after >= before
+    # the start is the calmest head that does as well, so that something is left to learn
+    assert tuned["params"]["C"] < max(trial["params"]["C"] for trial in frozen["search"]["trials"])
+    assert history[1]["train_loss"] > history[-1]["train_loss"] > 0
     assert tuned["tuning"]["mix"] > 0
     bundle = read_bundle(tmp_path / "tuned")
     assert bundle.training["tuning"]["from"] == CUT

@@ -360,7 +360,7 @@ def test_a_weights_file_says_which_weights_it_was_tuned_from(tmp_path) -> None:
 
 def test_schedules_have_their_own_defaults_from_scratch() -> None:
     tail = TuneOptions(from_node="s2").schedule(1000)
-    assert (tail.epochs, tail.rate, tail.lowest_rate, tail.batch_size, tail.patience) == (10, 3e-4, 0.1, 64, 3)
+    assert (tail.epochs, tail.rate, tail.lowest_rate, tail.batch_size, tail.patience) == (10, 1e-3, 0.1, 64, 3)
     images = TuneOptions(from_node="images")
     assert images.schedule(1000).batch_size == 32
     scratch = images.schedule(1000, is_scratch=True)
