@@ -30,16 +30,11 @@ from featurepipe.heads.preprocessing import RowSpace
 from featurepipe.heads.statistics.comparison import ACCURACY, MAP, R2
 from featurepipe.heads.statistics.multilabel import map_contributions
 from featurepipe.heads.statistics.regression import r2_contributions
-from featurepipe.training.tuning import climb, error_of_a_share
+from featurepipe.training.tuning import climb, error_of_a_share, error_of_r2
 
 if TYPE_CHECKING:
     from featurepipe.layer_depth.folds import Fold
     from featurepipe.store import FeatureSet
-
-
-def _error_of_r2(value: float, images: int) -> float:
-    """That of a ratio whose errors are normal: the logarithm of a sum of n squares has the variance 2 / n."""
-    return (1 - value) * math.sqrt(2 / images)
 
 
 Array = npt.NDArray[Any]
@@ -102,7 +97,7 @@ def _errors_besides(predicted: Array, truth: Array) -> dict[str, float]:
 MEASURES: Mapping[str, Measure] = {
     "multiclass": Measure(ACCURACY, _classes_said, _are_right, None, error_of_a_share),
     "multilabel": Measure(MAP, _scores_said, map_contributions, _f1_besides, error_of_a_share),
-    "continuous": Measure(R2, _numbers_said, r2_contributions, _errors_besides, _error_of_r2),
+    "continuous": Measure(R2, _numbers_said, r2_contributions, _errors_besides, error_of_r2),
 }
 """The measure for each type of target, a key of `featurepipe.heads.families.FAMILIES`."""
 

@@ -38,6 +38,7 @@ class Recipe:
         seed: of the estimator.
         protocol: a key of `featurepipe.heads.families.PROTOCOLS`, which says what is searched, how rows are scaled and weigh;
             None for none.
+        scale: whether features are standardised, where no protocol says how; None as is usual for the family.
     """
 
     head: str
@@ -47,6 +48,7 @@ class Recipe:
     seed: int = 0
     target_type: str = "multiclass"
     protocol: str | None = None
+    scale: bool | None = None
 
     @property
     def grid(self) -> Mapping[str, Sequence[Any]]:
@@ -72,7 +74,7 @@ class Recipe:
         weights = self.class_weight if self.protocol is None else dict(PROTOCOLS[self.protocol]["class_weight"])
         return {
             "target_type": self.target_type,
-            "scale": None if self.protocol is None else "rows",
+            "scale": self.scale if self.protocol is None else "rows",
             "pca": self.pca,
             "class_weight": weights,
             "random_state": self.seed,

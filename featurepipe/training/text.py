@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,8 @@ def finetune_text(found: Mapping[str, Any]) -> str:
     """What ``featurepipe finetune`` prints."""
     tuning = found["tuning"]
     run = tuning["runs"][tuning["kept_run"]]
-    mixes = {float(share): score for share, score in tuning["mixes"].items()}
+    losses = tuning["mix_losses"]
+    mixes = [{"share": float(x), "score": score, "loss": losses[x]} for x, score in tuning["mixes"].items()]
     several = f" (the best of {len(tuning['runs'])} runs)" if len(tuning["runs"]) > 1 else ""
     diverged = counted(tuning["diverged"], "run") if "diverged" in tuning else ""
     lines = [
@@ -275,12 +276,13 @@ def _epochs(history: list[Mapping[str, Any]], measure: str, start: str) -> str:
     return table(["epoch", "loss", "validation loss", f"validation {measure}"], rows)
 
 
-def mix_text(mixes: Mapping[float, float], mix: float, measure: str) -> str:
+def mix_text(mixes: Sequence[Mapping[str, float]], share: float, measure: str) -> str:
     """Which share of the tuned weights is kept, and how good each was on the validation images."""
-    shown = ", ".join(f"{share:.0%} {score:.4f}" for share, score in mixes.items())
-    if not mix:
-        return (
-            f"kept: the frozen network, which is best on the validation images ({measure} by share of the tuned weights: "
-            f"{shown}); tuning gained nothing there"
-        )
-    return f"kept: {mix:.0%} of the tuned weights (validation {measure} by share of the tuned weights: {shown})"
+    shown = ", ".join(f"{mix['share']:.0%} {mix['score']:.4f} ({mix['loss']:.4g})" for mix in mixes)
+    of_all = (
+        f"of the shares within a standard error of the best {measure} on the validation images the one of least loss; {measure} "
+        f"(loss) by share: {shown}"
+    )
+    if not share:
+        return f"kept: the frozen network, tuning gained nothing ({of_all})"
+    return f"kept: {share:.0%} of the tuned weights ({of_all})"

@@ -50,8 +50,6 @@ def climb(
     accuracies_of: Callable[[Sequence[float]], Sequence[float]],
     images: int,
     error_of: Callable[[float, int], float] | None = None,
-    *,
-    is_calm: bool = False,
 ) -> float:
     """The value of C that does best on the images set aside; of equals the smallest, so nothing is tried beyond a perfect one.
 
@@ -64,20 +62,22 @@ def climb(
         accuracies_of: for some of them, the accuracy (or another measure) of each on the images set aside.
         images: how many these are.
         error_of: the standard error of a measure of so many images; by default that of a share.
-        is_calm: give the smallest value within a standard error of the best, as for a head that layers are tuned from: one
-            that knows its training images by heart leaves them nothing to learn.
     """
     error_of = error_of or error_of_a_share
     found = list(accuracies_of(strengths[:AT_ONCE]))
     while len(found) < len(strengths) and max(found) < 1 and found[-1] >= max(found) - error_of(max(found), images):
         found += accuracies_of([strengths[len(found)]])
-    least = max(found) - (error_of(max(found), images) if is_calm else 0.0)
-    return next(strength for strength, value in zip(strengths, found, strict=False) if value >= least)
+    return strengths[int(np.argmax(found))]
 
 
 def error_of_a_share(accuracy: float, images: int) -> float:
     """The standard error of the share of so many images."""
     return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def error_of_r2(value: float, images: int) -> float:
+    """That of a ratio whose errors are normal: the logarithm of a sum of n squares has the variance 2 / n."""
+    return (1 - value) * math.sqrt(2 / images)
 
 
 @dataclass(frozen=True)
@@ -129,17 +129,6 @@ class Search:
         """What to give to `make_head` for the last fit."""
         found = {**self.best.params, **self.best.learned, **self.for_each_label}
         return {name: v for name, v in found.items() if name != STOPPING}
-
-    def calm_params(self, images: int) -> dict[str, Any]:
-        """Those of a head to tune layers from: of values of C the smallest within a standard error of the best (see `climb`).
-
-        Args:
-            images: How many judged.
-        """
-        if any(set(trial.params) != {"C"} for trial in self.trials):
-            return self.params
-        best = self.best.rank
-        return {"C": min(t.params["C"] for t in self.trials if t.rank >= best - error_of_a_share(best, images))}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

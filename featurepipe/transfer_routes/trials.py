@@ -445,6 +445,7 @@ def _tuned(
         random_head,
         score_rows,
         tune,
+        with_loss_left,
     )
     from featurepipe.tuning.runs import MIXES, adopt_best_mix
 
@@ -457,7 +458,8 @@ def _tuned(
     if is_scratch:
         head = random_head(len(study.classes) if kind == "multiclass" else data.labels, body.width, trial.seed)
     else:
-        head = objective.to_scores(*_exact_head(data, study, fold))
+        values = data.features.take(fold.fit).read(np.float32)
+        head = with_loss_left(objective.to_scores(*_exact_head(data, study, fold)), values, objective, fold.fit)
     torch.manual_seed(trial.seed)
     model = Model(body, *head)
     before = model.weights()
@@ -472,7 +474,7 @@ def _tuned(
         except LossNotFinite as error:
             return Diverged(error.message)
     shares = MIXES[-1:] if is_scratch else MIXES
-    share, _ = adopt_best_mix(model, before, tuned.best, shares, examples, objective, fold.choose)
+    mix, _ = adopt_best_mix(model, before, tuned.best, shares, examples, objective, fold.choose)
 
     def answers(of: Examples, some: Array) -> Array:
         """Of images that cannot be read no class, no label, and the mean number."""
@@ -491,7 +493,7 @@ def _tuned(
     if shifted is not None and data.shifted is not None:
         elsewhere = measure.contributions(answers(shifted, np.arange(len(data.shifted))), data.shifted_truth)
     value = float(measure.contributions(answers(examples, fold.fit), data.truth[fold.fit]).mean())
-    params = {"mix": share, "epochs": len(tuned.history) - 1, "best_epoch": tuned.epoch, "ended": tuned.ended}
+    params = {"mix": mix.share, "epochs": len(tuned.history) - 1, "best_epoch": tuned.epoch, "ended": tuned.ended}
     besides = {} if measure.besides is None else measure.besides(test, data.truth[fold.test])
     return Cell(
         trial.route.kind, trial.seed, 0, params, measure.contributions(test, data.truth[fold.test]), elsewhere,
@@ -500,28 +502,32 @@ def _tuned(
 
 
 def _exact_head(data: Data, study: Study, fold: Fold) -> tuple[Array, Array]:
-    """The head on the frozen bottleneck of the images that are learned from, as calm as those set aside allow (see `climb`)."""
+    """The head on the frozen bottleneck of the images that are learned from: see `featurepipe.tuning.work.first_head`."""
+    from featurepipe.tuning.loop import unit_of
+
     kind, name = study.protocol.target_type, study.protocol.heads[0]
     one_sided: dict[str, Any] = {"one_sided": "drop"} if kind == "multilabel" else {}
     fit, choose = data.features.take(fold.fit).read(np.float32), data.features.take(fold.choose).read(np.float32)
 
+    unit = unit_of(fit)
+    fit, choose = fit / unit, choose / unit
+
     def fitted(params: Mapping[str, Any]) -> Any:
-        head = make_head(name, target_type=kind, random_state=fold.seed, **one_sided, **params)
-        last = head.steps[-1][0]
-        weights = {f"{last}__{key}": value for key, value in data.weights_of(fold.fit).items()}
-        return head.fit(fit, data.truth[fold.fit], **weights)
+        head = make_head(name, target_type=kind, scale=False, random_state=fold.seed, **one_sided, **params)
+        return head.fit(fit, data.truth[fold.fit], **data.weights_of(fold.fit))
 
     def values_of(some: Sequence[float]) -> list[float]:
         said = (data.measure.answers(fitted({"C": C}), choose, data.labels) for C in some)
         return [float(np.nanmean(data.measure.contributions(answers, data.truth[fold.choose]))) for answers in said]
 
     if set(grid := FAMILIES[kind][name].grid) == {"C"}:
-        params = {"C": climb(grid["C"], values_of, len(fold.choose), data.measure.error, is_calm=True)}
+        params = {"C": climb(grid["C"], values_of, len(fold.choose), data.measure.error)}
     else:
         (cell,) = measure_fold(data, fold, [name])
         params = dict(cell.params)
     head = fitted(params)
     weight, bias = linear_map(head)
+    weight = weight / unit
     if kind == "continuous" or len(weight) == (data.labels if kind == "multilabel" else len(study.classes)):
         return weight, bias
     known = np.asarray(head.classes_, np.int64)  # classes without an image to learn from score lowest

@@ -23,6 +23,7 @@ from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.progress import Progress
 from featurepipe.store.atomic import atomic_file
+from featurepipe.training.tuning import error_of_a_share, error_of_r2
 from featurepipe.tuning.options import Schedule
 from featurepipe.tuning.peers import Peers
 
@@ -68,6 +69,10 @@ class TuningObjective:
         """The name of the score."""
         return MEASURES[self.target_type]
 
+    def error(self, score: float, rows: int) -> float:
+        """The standard error of the score of so many rows."""
+        return (error_of_r2 if self.target_type == "continuous" else error_of_a_share)(score, rows)
+
     def to_scores(self, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
         """A head in the unit of the target, as one whose outputs are the scores of `loss`."""
         return weight / self.scale, (bias - self.centre) / self.scale
@@ -91,6 +96,17 @@ class TuningObjective:
     def mean_loss(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
         """The mean loss of scores without gradients; all rows count alike."""
         return float(self._each(torch.from_numpy(scores), rows).mean())
+
+    def sharpened_loss(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
+        """The mean loss of that multiple of the scores, from 1/8 to 8, whose loss is least; of numbers their own loss."""
+        from scipy.optimize import minimize_scalar
+
+        if self.target_type == "continuous":
+            return self.mean_loss(scores, rows)
+        found = minimize_scalar(
+            lambda power: self.mean_loss(np.float32(2.0**power) * scores, rows), bounds=(-3, 3), method="bounded"
+        )
+        return float(found.fun)
 
     def score(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
         """Accuracy, mean average precision over labels with both sides, or R2, of scores (m, K)."""
@@ -116,6 +132,41 @@ class TuningObjective:
             each = functional.binary_cross_entropy_with_logits(scores, truth, reduction="none") * known
             return each.sum(1) / known.sum(1).clamp(min=1)
         return (scores[:, 0] - torch.from_numpy((answers - self.centre) / self.scale).to(scores)) ** 2
+
+
+def unit_of(values: npt.NDArray[np.float32]) -> float:
+    """What features (n, D) are divided by so that their variance is 1 in the mean over the values; 1 if all are constant."""
+    return float(np.sqrt(values.var(axis=0, dtype=np.float64).mean())) or 1.0
+
+
+LEFT = 0.5
+"""Of the loss of a head that knows nothing, what the head that layers are tuned from has at least on the images that train."""
+
+
+def with_loss_left(
+    head: tuple[Floats, Floats], values: npt.NDArray[np.float32], objective: TuningObjective, rows: Rows
+) -> tuple[Floats, Floats]:
+    """A head whose scores are shrunk until something is left to learn from.
+
+    A head that has learned its few images by heart gives gradients next to nothing, and only of the hardest. A factor changes no
+    answer. Squared errors of numbers need none.
+
+    Args:
+        head: Weight (K, D) and bias (K,), in the scores of the objective.
+        values: (m, D), the features of the rows.
+        objective: What is learned.
+        rows: (m,) of the objective.
+    """
+    weight, bias = head
+    if objective.target_type == "continuous":
+        return head
+    scores = (values @ weight.T + bias).astype(np.float32)
+    wanted = LEFT * objective.mean_loss(0 * scores, rows)
+    low, high = 0.0, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if objective.mean_loss(np.float32(middle) * scores, rows) > wanted else (low, middle)
+    return weight * high, bias * high
 
 
 def random_head(outputs: int, width: int, seed: int) -> tuple[Floats, Floats]:

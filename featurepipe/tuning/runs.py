@@ -282,11 +282,29 @@ def mixed(frozen: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: floa
     }
 
 
+@dataclass(frozen=True)
+class Mix:
+    """A share of the tuned weights, and how good the network with it is on the rows that choose.
+
+    Attributes:
+        share: From 0, the frozen network, to 1, the tuned one.
+        score: The objective's score.
+        loss: The objective's loss, at the temperature that suits it best.
+    """
+
+    share: float
+    score: float
+    loss: float
+
+
 def adopt_best_mix(
     model: Model, frozen: State, tuned: State, shares: Sequence[float], examples: Examples, objective: TuningObjective,
     rows: Rows,
-) -> tuple[float, dict[float, float]]:  # fmt: skip
+) -> tuple[Mix, list[Mix]]:  # fmt: skip
     """Leaves a model with the mix of frozen and tuned weights that is best on some rows (WiSE-FT; Wortsman et al., CVPR 2022).
+
+    Few rows tell scores apart badly; so of the mixes whose score is within a standard error of the best, the one of least loss
+    is taken.
 
     Args:
         model: The model.
@@ -298,15 +316,18 @@ def adopt_best_mix(
         rows: That choose.
 
     Returns:
-        The share, of equal ones the one nearer to the frozen network; and the score of each.
+        The mix that was taken, of equal ones the one nearer to the frozen network; and all.
     """
-    scores = {}
+    mixes = []
     for share in shares:
         model.adopt(mixed(frozen, tuned, share))
-        scores[share] = objective.score(*score_rows(model, examples, rows))
-    best = max(scores, key=lambda share: (scores[share], -share))
-    model.adopt(mixed(frozen, tuned, best))
-    return best, scores
+        scores, read = score_rows(model, examples, rows)
+        mixes.append(Mix(share, objective.score(scores, read), objective.sharpened_loss(scores, read)))
+    top = max(mix.score for mix in mixes)
+    near = [mix for mix in mixes if mix.score >= top - objective.error(top, len(rows))]
+    best = min(near, key=lambda mix: (round(mix.loss, 4), mix.share))
+    model.adopt(mixed(frozen, tuned, best.share))
+    return best, mixes
 
 
 def told_runs(runs: Sequence[TunedRun], *, several: bool) -> Iterator[dict[str, Any]]:

@@ -55,6 +55,8 @@ from featurepipe.tuning.loop import (
     digest_of,
     random_head,
     score_rows,
+    unit_of,
+    with_loss_left,
 )
 from featurepipe.tuning.options import RANDOM, Schedule, TuneOptions
 from featurepipe.tuning.peers import Peers
@@ -128,16 +130,26 @@ class TuningWork(ABC):
         """What is tuned, as JSON values."""
 
     def first_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The affine map to begin with: exact on the frozen bottleneck, as calm as validation rows allow; or random."""
+        """The affine map to begin with: exact on the frozen bottleneck, but for a factor (see `with_loss_left`); or random.
+
+        Values are not standardised, but divided by one number: of a value that hardly varies a standardised head takes a large
+        multiple, and then the first steps of tuning change that value most.
+        """
         if not self.is_scratch:
             self.leave_out(self.fill_frozen(self.learned_from), say)
         if self.begins_random:
             head = random_head(max(1, len(self.task.classes)), self.body.width, self.options.seed)
             return self.objective.to_target(*head)
         division = self.task.division
-        found = search(self.task, self.recipe, jobs=1, say=say, climbs=True)
-        self.recipe = self.recipe.with_params(found.calm_params(len(division.validation)))
-        return linear_map(fit(self.task, self.recipe, division.train, say))
+        values = self.task.features.read(np.float32)
+        unit = unit_of(values[division.train])
+        rows = ArrayRows(self.task.features.columns, values / unit, np.arange(len(values)))
+        task = replace(self.task, features=replace(self.task.features, rows=rows))
+        found = search(task, self.recipe, jobs=1, say=say, climbs=True)
+        self.recipe = self.recipe.with_params({name: found.params[name] for name in found.best.params})
+        weight, bias = linear_map(fit(task, self.recipe, division.train, say))
+        head = self.objective.to_scores(weight / unit, bias)
+        return self.objective.to_target(*with_loss_left(head, values[division.train], self.objective, division.train))
 
     def fill(self, body: torch.nn.Module, rows: Rows) -> Rows:
         """Computes bottleneck features of some rows of the task; returns those that could not be read."""
@@ -254,7 +266,7 @@ def settled(
         memory=options.memory,
         seed=options.seed,
     )
-    recipe = Recipe(DEFAULT_HEADS[target_type], {}, seed=options.seed, target_type=target_type)
+    recipe = Recipe(DEFAULT_HEADS[target_type], {}, seed=options.seed, target_type=target_type, scale=False)
     task = settle_rows(store, bottleneck, recipe, training, snapshot=snapshot, say=say)
     division = replace(task.division, is_carved=False)  # the layers do not get their validation images back
     task = replace(task, division=division)
@@ -379,7 +391,7 @@ def _best_published(
     if len(works) > 1:
         say(f"kept: the cut at {best.shard.cut}, which is best on the validation images")
     if not work.begins_random:
-        say(mix_text(mixes, kept, work.objective.measure))
+        say(mix_text([asdict(mix) for mix in mixes], kept.share, work.objective.measure))
     elif options.interpolate:
         what = (
             "random weights, from which the network started, have"
@@ -393,8 +405,9 @@ def _best_published(
         "runs": [*told_runs(runs, several=len(works) > 1)],
         "kept_run": runs.index(best),
         **({"diverged": len(context.shards) - len(runs)} if len(runs) < len(context.shards) else {}),
-        "mixes": {f"{mix:g}": score for mix, score in mixes.items()},
-        "mix": kept,
+        "mixes": {f"{mix.share:g}": mix.score for mix in mixes},
+        "mix_losses": {f"{mix.share:g}": mix.loss for mix in mixes},
+        "mix": kept.share,
     }
     with TemporaryDirectory() as scratch:
         file = _weights_file(work.backbone, work.body, Path(scratch))

@@ -7,7 +7,7 @@ from featurepipe.layer_depth import probes
 from featurepipe.layer_depth.folds import Fold
 from featurepipe.layer_depth.probes import Data, measure_fold
 from featurepipe.layer_depth.study import Protocol
-from featurepipe.training.tuning import RULE, Search, Trial, climb
+from featurepipe.training.tuning import RULE, climb
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
@@ -53,24 +53,6 @@ def test_of_equals_the_smallest_is_taken():
     assert climb(STRENGTHS, curve, 50) == 1e-3
     assert curve.asked == [STRENGTHS[:3]]  # nothing can do better
     assert climb(STRENGTHS[:2], lambda some: [0.5] * len(some), 50) == 1e-4
-
-
-@pytest.mark.parametrize(("images", "taken"), [(100, 1e-3), (1600, 1e-2), (100_000, 1.0)])
-def test_a_calm_head_is_the_most_regularised_within_a_standard_error_of_the_best(images, taken):
-    """At 0.84 the standard error is 0.037 of 100 images, 0.009 of 1,600 and 0.001 of 100,000."""
-    curve = Curve(0.7, 0.81, 0.832, 0.838, 0.84, 0.839, 0.835)
-    assert climb(STRENGTHS, curve, images, is_calm=True) == taken
-    assert climb(STRENGTHS, curve, images) == 1.0
-
-
-def test_a_calm_head_of_a_search_comes_from_its_trials_and_other_parameters_stay():
-    trials = tuple(Trial({"C": C}, value, ()) for C, value in zip(STRENGTHS[:4], (0.6, 0.82, 0.81, 0.83), strict=True))
-    found = Search(trials, 400, "")
-    assert (found.params, found.calm_params(100), found.calm_params(100_000)) == ({"C": 0.1}, {"C": 1e-3}, {"C": 0.1})
-    ridge = Search(
-        (Trial({"alpha": 1.0}, 2.0, (), measure="rmse"), Trial({"alpha": 10.0}, 1.9, (), measure="rmse")), 400, ""
-    )
-    assert ridge.calm_params(10) == ridge.params == {"alpha": 10.0}
 
 
 def many_values_few_of_use(count=980, width=40):

@@ -8,16 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import nn
 
 import featurepipe as fp
 from featurepipe.errors import UsageError
 from featurepipe.execution.dask import DaskExecutor
 from featurepipe.tuning import loop
 from featurepipe.tuning.finetune import finetune
-from featurepipe.tuning.loop import LossNotFinite
+from featurepipe.tuning.loop import LossNotFinite, Model, TuningObjective, with_loss_left
 from featurepipe.tuning.options import TuneOptions
+from featurepipe.tuning.runs import MIXES, adopt_best_mix
 
 CUTS = ("s2", "s4")
 FAST: dict[str, Any] = {"epochs": 2, "rate": 3e-3, "silent": True}
@@ -142,3 +145,63 @@ def test_a_dry_run_tells_of_each_cut_and_wrong_cuts_are_refused(store, tmp_path,
             TuneOptions(from_node=wrong)
     with pytest.raises(UsageError, match="unknown node 's9'"):
         finetune(store, from_node=["s2", "s9"], out=tmp_path / "b", silent=True)
+
+
+def test_of_mixes_that_few_rows_cannot_tell_apart_the_one_of_least_loss_is_kept() -> None:
+    """The model has one weight, 2 frozen and 6 tuned, and scores of the second class are the weight times the input."""
+    body = nn.Identity()
+    model = Model(body, np.array([[0.0], [2.0]]), np.zeros(2))  # type: ignore[arg-type]
+    frozen = {"head.weight": torch.tensor([[0.0], [2.0]])}
+    tuned = {"head.weight": torch.tensor([[0.0], [6.0]])}
+    inputs = np.array([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0, 1.0], np.float32)
+    answers = np.array([1, 1, 1, 0, 0, 0, 0, 0])  # the last is wrong for every share, the more so the larger
+    objective = TuningObjective("multiclass", answers)
+
+    class Inputs:
+        scored = 8
+
+        def batches(self, parts: Any, draw: Any = None) -> Any:
+            return ((torch.from_numpy(inputs[part])[:, None], part) for part in parts)
+
+    rows = np.arange(8)
+
+    kept, mixes = adopt_best_mix(model, frozen, tuned, MIXES, Inputs(), objective, rows)  # type: ignore[arg-type]
+    assert [mix.share for mix in mixes] == list(MIXES)
+    entropy = -(math.log(7 / 8) * 7 + math.log(1 / 8)) / 8  # at the temperature that suits all of them
+    assert [mix.loss for mix in mixes] == pytest.approx([entropy] * 5, abs=1e-5)
+    assert {mix.score for mix in mixes} == {7 / 8}
+    assert kept.share == 0
+    answers[-1], frozen["head.weight"] = (
+        1,
+        torch.tensor([[0.0], [0.01]]),
+    )  # now all are right, and no multiple of 0.01 is sure
+    kept, _ = adopt_best_mix(model, frozen, tuned, MIXES, Inputs(), objective, rows)  # type: ignore[arg-type]
+    assert (kept.share, model.head.weight[1].item()) == (
+        0.25,
+        pytest.approx(1.5075),
+    )  # of equally sure ones the nearest
+    # a score that is lower by more than a standard error is not made up for by its loss
+    tuned["head.weight"] = torch.tensor([[0.0], [-0.1]])
+    kept, mixes = adopt_best_mix(model, frozen, tuned, (0.0, 1.0), Inputs(), objective, rows)  # type: ignore[arg-type]
+    assert ([mix.score for mix in mixes], kept.share) == ([1.0, 0.0], 0)
+
+
+@pytest.mark.parametrize("target_type", ["multiclass", "multilabel", "continuous"])
+def test_a_head_to_tune_from_has_half_of_the_loss_left_and_the_same_answers(target_type: str) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(60, 5)).astype(np.float32)
+    weight, bias = 40 * rng.normal(size=(3, 5)), 5 * rng.normal(size=3)
+    scores = (values @ weight.T + bias).astype(np.float32)
+    answers = {"multiclass": scores.argmax(1), "multilabel": (scores > 0).astype(float), "continuous": scores[:, 0]}
+    objective, rows = TuningObjective(target_type, answers[target_type]), np.arange(60)
+    assert objective.mean_loss(scores, rows) < 0.05  # all is known by heart
+    found, offset = with_loss_left((weight, bias), values, objective, rows)
+    after = (values @ found.T + offset).astype(np.float32)
+    if target_type == "continuous":  # whose loss leaves gradients
+        assert found is weight
+        return
+    nothing = math.log(3 if target_type == "multiclass" else 2)
+    assert objective.mean_loss(after, rows) == pytest.approx(nothing / 2, rel=0.01)
+    assert scores == pytest.approx(after * (weight[0, 0] / found[0, 0]), rel=1e-4, abs=1e-3)
+    again, _ = with_loss_left((found / 2, offset / 2), values, objective, rows)
+    assert again == pytest.approx(found / 2)  # more than half is left: it stays
