@@ -113,6 +113,19 @@ class _WithinContext(MetaPathFinder, Loader):
 
 
 @contextmanager
+def without_modules(*names: str) -> Iterator[None]:
+    """Importing these within fails as if they were not installed, unless they have been imported before."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # what `import` takes for a module that is not there
+    try:
+        yield
+    finally:
+        for name in hidden:
+            if sys.modules[name] is None:
+                del sys.modules[name]
+
+
+@contextmanager
 def without_compiler() -> Iterator[None]:
     """Keeps who is imported from loading PyTorch's compiler, ``torch._dynamo``, before there is anything to compile.
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import featurepipe
 
@@ -120,6 +122,26 @@ def test_evaluating_stored_features_loads_no_torch():
 def test_extracting_here_loads_no_dask():
     """It would take half a second of every start; only a cluster needs it."""
     assert "dask" not in loaded("import featurepipe.extraction.extract")
+
+
+def test_training_and_evaluating_stored_features_loads_neither_torch_nor_dask(tmp_path):
+    """A bundle is written and read by skops, which looks through all of scikit-learn, where adapters for both are."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
+    store = tmp_path / "store"
+    for number, image in enumerate(images):
+        path = tmp_path / "noise" / ("even", "odd")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    featurepipe.extract(tmp_path / "noise", store, backbone="lenet5", weights="none", silent=True)
+    script = f"""
+import sys, featurepipe
+made = featurepipe.train({str(store)!r}, out={str(tmp_path / "bundle")!r}, silent=True)
+found = featurepipe.evaluate({str(tmp_path / "bundle")!r}, {str(store)!r}, silent=True)
+assert 0 <= found["metrics"]["accuracy"]["value"] <= 1
+print([name for name in ("torch", "dask", "torchvision") if name in sys.modules])
+"""
+    done = run("-c", script)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 SERVED = ("lenet5", "alexnet", "vgg16", "googlenet", "inception_v3", "resnet50", "efficientnet_lite0")

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from dask.sizeof import sizeof
 
 from featurepipe.display import bytes_of
 from featurepipe.errors import ClusterError, FeaturepipeError, WorkerRefused
 from featurepipe.execution.executor import RETURN_SECONDS, Report, Stop, TaskResult, Worker
 from featurepipe.execution.worker import Attempt, Requirements, ask_to_stop
-from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, MappedBlocks, in_memory
+from featurepipe.heads.blocks import Array, Blocks, in_memory
 from featurepipe.heads.row_shards import Rank
 
 if TYPE_CHECKING:
@@ -208,17 +207,6 @@ def _libraries() -> Any:
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()  # looking for them takes milliseconds
-
-
-@sizeof.register(ArrayBlocks)  # type: ignore[no-untyped-call,untyped-decorator]
-def _array_size(blocks: ArrayBlocks) -> int:
-    """Dask places tasks, and judges a worker's memory, by this."""
-    return blocks.array.nbytes
-
-
-@sizeof.register(MappedBlocks)  # type: ignore[no-untyped-call,untyped-decorator]
-def _mapped_size(blocks: MappedBlocks) -> int:
-    return int(sizeof(blocks.source)) + 1000
 
 
 R = TypeVar("R")

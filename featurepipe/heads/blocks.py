@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,6 +52,10 @@ class ArrayBlocks:
             raise UsageError(f"features must have two dimensions (images, values), these have shape {array.shape}")
         self.array = array
 
+    def __sizeof__(self) -> int:
+        """Bytes, by which Dask places tasks and judges a worker's memory."""
+        return object.__sizeof__(self) + self.array.nbytes
+
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and values a row."""
@@ -90,6 +95,10 @@ class MappedBlocks:
         self.function = function
         self.width = width
         self._dtype = working_dtype(self.source.dtype) if dtype is None else np.dtype(dtype)
+
+    def __sizeof__(self) -> int:
+        """Bytes, those of the source among them: see `ArrayBlocks`."""
+        return object.__sizeof__(self) + sys.getsizeof(self.source)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from featurepipe.heads.bundle.audit import (
     split_trees,
 )
 from featurepipe.heads.bundle.files import BOOSTER, HEAD
+from featurepipe.lazy_names import without_modules
 
 # What skops, NumPy and the estimators' own ``__setstate__`` raise on content that is of the right kind but no sense.
 _SENSELESS = (
@@ -51,9 +52,7 @@ def head_files(head: Any) -> dict[str, bytes]:
     Raises:
         BundleError: It holds something that could not be loaded again without running code.
     """
-    import skops.io
-    from skops.io.exceptions import UnsupportedTypeException
-
+    skops = _skops()
     files = {}
     trees = _last(head)
     if hasattr(trees, "booster_ubjson"):
@@ -63,8 +62,8 @@ def head_files(head: Any) -> dict[str, bytes]:
         files[BOOSTER] = join_trees(trees.boosters_ubjson())
         head = _with_last(head, trees.without_boosters())
     try:
-        files[HEAD] = skops.io.dumps(head)
-    except (UnsupportedTypeException, TypeError, RecursionError) as error:
+        files[HEAD] = skops.dumps(head)
+    except (skops.exceptions.UnsupportedTypeException, TypeError, RecursionError) as error:
         raise BundleError(
             f"a bundle cannot hold this {type(head).__name__}: {error}; use a head of make_head"
         ) from error
@@ -81,12 +80,11 @@ def load_head(files: Mapping[str, bytes], folder: Path) -> Any:
     Raises:
         BundleError: They hold anything but data and estimators of scikit-learn and featurepipe.
     """
-    import skops.io
-
+    skops = _skops()
     content, name = files[HEAD], str(folder / HEAD)
     audit(content, name)
     try:
-        untrusted = set(skops.io.get_untrusted_types(data=content)) - {*OURS, *FORMER}
+        untrusted = set(skops.get_untrusted_types(data=content)) - {*OURS, *FORMER}
         if untrusted:
             raise BundleError(
                 f"{name} holds types that bundles do not: {', '.join(sorted(untrusted))}. Nothing of it was run. "
@@ -101,13 +99,21 @@ def load_head(files: Mapping[str, bytes], folder: Path) -> Any:
         ) from error
 
 
+def _skops() -> Any:
+    """``skops.io``; it looks for estimators in all of scikit-learn, and would find adapters there that load PyTorch and Dask."""
+    adapters = "sklearn.externals.array_api_compat"
+    with without_modules(f"{adapters}.torch", f"{adapters}.dask"):
+        import skops.io
+        import skops.io.exceptions
+    return skops.io
+
+
 def _loaded(content: bytes) -> Any:
-    import skops.io
     from sklearn.exceptions import InconsistentVersionWarning
 
     with warnings.catch_warnings():  # the bundle says it once for all parts, see bundle.py
         warnings.simplefilter("ignore", InconsistentVersionWarning)
-        return skops.io.loads(content, trusted=[*OURS, *FORMER])
+        return _skops().loads(content, trusted=[*OURS, *FORMER])
 
 
 def _last(head: Any) -> Any:
