@@ -52,7 +52,7 @@ class FeatureSet(LabelledImages):
         rows: Where the features lie.
         origin: Which store, dataset and feature space they are of.
         rejects: Images that could not be used and are not here, counted by split.
-        unmatched: Ids of the labels given by ``with_labels`` that are no image here.
+        unmatched: Ids of the labels given by ``with_labels`` that are no image here; where rejects are known, none of those.
         map_shape: What to reshape a row to, (C, H, W), if the pooling is ``map``; else None.
     """
 
@@ -431,6 +431,7 @@ def with_told_labels(
         parts += [f"{counted(rejected, 'id')} of {lost}"] if rejected else []
         nowhere = len(strangers) - rejected
         parts += [f"{counted(nowhere, 'id')} not among the images"] if nowhere else []
+        found = replace(found, unmatched=found.unmatched - rejected)
     say(f"{table.name}: {'; '.join(parts)}")
     return found
 

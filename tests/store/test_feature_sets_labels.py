@@ -210,7 +210,8 @@ def test_what_of_a_labels_file_is_not_used_is_told(features, tmp_path):
         (["x"], "1 id of a rejected image; 2 ids not among the images"),
         (["x", "y", "z", "w"], "3 ids of rejected images"),
     ):
-        with_told_labels(features, labels, said.append, lambda rejected=rejected: pa.array(rejected))
+        found = with_told_labels(features, labels, said.append, lambda rejected=rejected: pa.array(rejected))
+        assert found.unmatched == max(0, 3 - len(rejected))  # evaluate counts rejects by themselves
         assert said[-1] == f"the mapping: 1 label on 1 of 4 images; {told}"
 
 
