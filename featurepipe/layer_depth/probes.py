@@ -436,7 +436,12 @@ def _fitted(rows: _Rows, head: str, params: Mapping[str, Any], part: Part, seed:
     """A head, fitted to some rows in memory."""
     last = _head(rows.data, head, params, part.features.shape[1], seed)
     weights = {} if part.weights is None else {"sample_weight": part.weights}
-    return last.fit(part.features, part.truth, **weights, **more)
+    features = part.features
+    if (
+        head == "ridge"
+    ):  # whose equations have the square of the features' condition, too much for float32 where alpha is small
+        features = features.astype(np.float64)
+    return last.fit(features, part.truth, **weights, **more)
 
 
 def _head(data: Data, head: str, params: Mapping[str, Any], width: int, seed: int) -> BaseEstimator:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
 from featurepipe.layer_depth import probes
@@ -135,6 +135,25 @@ def test_it_is_scikit_learns_head_on_standardised_training_rows():
     assert cell.train_value == right(chosen, cut.train, cut.train).mean()
     assert cell.value == cell.contributions.mean()
     assert (cell.head, cell.seed, cell.fold) == ("logistic", 0, 0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_ridge_on_values_that_say_the_same_is_solved_and_not_complained_about():
+    """Twice the same 150 values, nearly all of one direction: in float32 the smallest penalties would vanish beside it."""
+    rng = np.random.default_rng(0)
+    values = 3 * rng.normal(size=(2000, 1)) + 0.1 * rng.normal(size=(2000, 150))
+    codes = np.arange(2000) % 2
+    values[:, 0] += 0.2 * codes
+    values = np.repeat(values.astype(np.float32), 2, axis=1)
+    cut = fold(800, 400, 800)
+    (cell,) = measure_fold(data(values, codes), cut, ["ridge"])
+    scaler = StandardScaler().fit(values[:1200])
+    exact = RidgeClassifier(alpha=cell.params["alpha"], solver="svd").fit(
+        scaler.transform(values[:1200]).astype(np.float64), codes[:1200]
+    )
+    right = exact.predict(scaler.transform(values[1200:])) == codes[1200:]
+    assert cell.contributions.mean() == pytest.approx(right.mean(), abs=0.003)
+    assert cell.value > 0.7
 
 
 HEADS = ["logistic", "linear-svm", "ridge", "knn", "rbf-svm", "centroid", "lda", "xgboost"]
