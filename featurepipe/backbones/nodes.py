@@ -462,7 +462,8 @@ class _Counting(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.extra_traceback = False  # which would load the compiler to describe where it was
-        self.is_empty = any(parameter.is_meta for parameter in module.parameters())
+        is_empty = any(parameter.is_meta for parameter in module.parameters())
+        self._zeros = partial(torch.zeros, device="meta" if is_empty else "cpu")
         self.operations = 0
         self.seen: dict[fx.Node, _Seen] = {}
 
@@ -494,9 +495,7 @@ class _Counting(fx.Interpreter):
     def _run(self, call: Callable[..., Any], target: Any, args: Any, kwargs: Any, *, is_free: bool) -> Any:
         if is_free:
             return call(target, args, kwargs)
-        device = "meta" if self.is_empty else "cpu"
-        own = partial(torch.zeros, device=device)
-        args, kwargs = (_mapped(given, lambda v: own(v.shape, dtype=v.dtype)) for given in (args, kwargs))
+        args, kwargs = _mapped((args, kwargs), lambda value: self._zeros(value.shape, dtype=value.dtype))
         with _flop_counter() as counter:
             result = call(target, args, kwargs)
         self.operations += counter.get_total_flops()

@@ -459,7 +459,8 @@ def _tuned(
         head = random_head(len(study.classes) if kind == "multiclass" else data.labels, body.width, trial.seed)
     else:
         values = data.features.take(fold.fit).read(np.float32)
-        head = with_loss_left(objective.to_scores(*_exact_head(data, study, fold)), values, objective, fold.fit)
+        exact = objective.to_scores(*_exact_head(data, study, fold, values))
+        head = with_loss_left(exact, values, objective, fold.fit)
     torch.manual_seed(trial.seed)
     model = Model(body, *head)
     before = model.weights()
@@ -501,16 +502,14 @@ def _tuned(
     )  # fmt: skip
 
 
-def _exact_head(data: Data, study: Study, fold: Fold) -> tuple[Array, Array]:
-    """The head on the frozen bottleneck of the images that are learned from: see `featurepipe.tuning.work.first_head`."""
+def _exact_head(data: Data, study: Study, fold: Fold, values: Array) -> tuple[Array, Array]:
+    """The head on the frozen bottleneck of the images learned from, with their `values`: see `TuningWork.first_head`."""
     from featurepipe.tuning.loop import unit_of
 
     kind, name = study.protocol.target_type, study.protocol.heads[0]
     one_sided: dict[str, Any] = {"one_sided": "drop"} if kind == "multilabel" else {}
-    fit, choose = data.features.take(fold.fit).read(np.float32), data.features.take(fold.choose).read(np.float32)
-
-    unit = unit_of(fit)
-    fit, choose = fit / unit, choose / unit
+    unit = unit_of(values)
+    fit, choose = values / unit, data.features.take(fold.choose).read(np.float32) / unit
 
     def fitted(params: Mapping[str, Any]) -> Any:
         head = make_head(name, target_type=kind, scale=False, random_state=fold.seed, **one_sided, **params)

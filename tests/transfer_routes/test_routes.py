@@ -425,7 +425,7 @@ def test_the_exact_head_that_layers_are_tuned_from_is_fitted_on_values_in_one_un
     features = SimpleNamespace(take=lambda some: SimpleNamespace(read=lambda _dtype: values[some]))
     fold = Fold(0, 0, np.arange(100), np.arange(100, 200), np.arange(200, 400))
     study = SimpleNamespace(protocol=SimpleNamespace(target_type="multiclass", heads=("logistic",)), classes=("a", "b"))
-    weight, bias = _exact_head(Data(features, codes, None, np.empty(0, np.int64)), study, fold)  # type: ignore[arg-type]
+    weight, bias = _exact_head(Data(features, codes, None, np.empty(0, np.int64)), study, fold, values[:100])  # type: ignore[arg-type]
     unit = np.sqrt(values[:100].var(axis=0).mean())
 
     def fitted(C: float) -> Any:
