@@ -126,6 +126,23 @@ def share(part: float) -> str:
     return f"{100 * part:.1f} %"
 
 
+def named_columns(columns: str | Sequence[str], bottleneck: object) -> str:
+    """Columns or nodes as people know them: that of the network's bottleneck is called so, if it has a name of its own.
+
+    Args:
+        columns: Names, ``node`` or ``node:pooling``, or one.
+        bottleneck: The node that people ask for as the bottleneck; None if it is not known.
+
+    Example:
+        >>> named_columns("flatten:gap", "flatten"), named_columns(["layer1:gap", "bottleneck:gap"], "bottleneck")
+        ('flatten:gap (bottleneck)', 'layer1:gap + bottleneck:gap')
+    """
+    names = [columns] if isinstance(columns, str) else columns
+    return " + ".join(
+        f"{one} (bottleneck)" if one.partition(":")[0] == bottleneck != "bottleneck" else one for one in names
+    )
+
+
 def counted(number: int, noun: str, one: str = "", several: str = "") -> str:
     """A number with its noun, and with a verb if its two forms are given.
 

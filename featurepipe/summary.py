@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.display import counted, size, table
+from featurepipe.display import counted, named_columns, size, table
 from featurepipe.records import ACCEPTANCE
 
 if TYPE_CHECKING:
@@ -22,16 +22,21 @@ def info_text(found: Mapping[str, Any]) -> str:
     sections += [_space_text(space) for space in found["spaces"]]
     if found.get("forgotten"):
         sections.append(f"{counted(found['forgotten'], 'image')} forgotten: extractions leave them out")
-    sections += ["\n".join(map(_index_text, found["indexes"]))] if found.get("indexes") else []
+    bottlenecks = {
+        space["fingerprint"]: space["notes"].get("aliases", {}).get("bottleneck") for space in found["spaces"]
+    }
+    indexes = [_index_text(index, bottlenecks.get(index["fingerprint"])) for index in found.get("indexes", ())]
+    sections += ["\n".join(indexes)] if indexes else []
     sections += _runs_text(whole_runs(found["runs"]))
     if found.get("set_aside"):
         sections.append("\n".join(f"set aside: {path}: {why}" for path, why in found["set_aside"].items()))
     return "\n\n".join(sections)
 
 
-def _index_text(index: Mapping[str, Any]) -> str:
+def _index_text(index: Mapping[str, Any], bottleneck: str | None) -> str:
     images = f"{counted(index['vectors'], 'image')} of {index['dataset']}"
-    return f"index of {images} by {'+'.join(index['columns'])} ({index['distance']}), {size(index['bytes'])}"
+    columns = named_columns(index["columns"], bottleneck)
+    return f"index of {images} by {columns} ({index['distance']}), {size(index['bytes'])}"
 
 
 def verify_text(report: VerifyReport) -> str:

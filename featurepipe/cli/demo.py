@@ -11,7 +11,7 @@ from typing import Any
 
 from featurepipe.cli.options import add_json, define
 from featurepipe.cli.output import say, show
-from featurepipe.display import share, table
+from featurepipe.display import named_columns, share, table
 
 
 def add_demo(command: ArgumentParser) -> None:
@@ -103,7 +103,7 @@ def _backbones_text(found: Sequence[Mapping[str, Any]]) -> str:
 def _nodes_text(found: Mapping[str, Any]) -> str:
     rows = [
         [
-            _called(info["name"], found["bottleneck"]),
+            named_columns(info["name"], found["bottleneck"]),
             _shape(info["shape"]),
             info["width"],
             share(info["cost"]),
@@ -116,10 +116,6 @@ def _nodes_text(found: Mapping[str, Any]) -> str:
         "cost: share of the forward up to there"
     )
     return title + "\n" + table(["node", "shape", "gap width", "cost", "ends block"], rows)
-
-
-def _called(node: str, bottleneck: str) -> str:
-    return f"{node} (bottleneck)" if node == bottleneck != "bottleneck" else node
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -469,5 +469,5 @@ def _up_to_date(
             why = f"the index was brought up to date: {new:,} images came, {gone:,} went"
             say(why)
             return fresh, why
-    say(f"making an index of {images} by {features.column}")
+    say(f"making an index of {images} by {features.named_column}")
     return made_index(features, distance, snapshot, silent=silent), f"an index of {images} was made"

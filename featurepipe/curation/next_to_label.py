@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.curation.options import TYPICAL, SelectOptions
-from featurepipe.curation.question import Question, files_text, more_text
+from featurepipe.curation.question import Question, column_text, files_text, more_text
 from featurepipe.display import counted, table
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.local import features_at
@@ -141,7 +141,8 @@ def select(
         silent: Say nothing on standard error.
 
     Returns:
-        JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``method``, ``labelled``, ``unlabelled`` (different
+        JSON values. ``dataset``, ``snapshot``, ``column``, ``bottleneck`` (its node, if known),
+        ``space``, ``method``, ``labelled``, ``unlabelled`` (different
         images), ``chosen``: a list of ``id``, ``split``, ``score`` and ``group``, in the order of the choice; ``file`` (the
         first), ``files``, ``options``, ``warnings``, ``seconds``.
 
@@ -163,7 +164,9 @@ def select(
     labelled, open_ = sides_of(every)
     if budget > len(open_):
         raise BudgetTooLarge(question.dataset, budget, len(open_))
-    question.say(f"choosing {budget:,} of {counted(len(open_), 'image')} without a label, by {every.column} ({method})")
+    question.say(
+        f"choosing {budget:,} of {counted(len(open_), 'image')} without a label, by {every.named_column} ({method})"
+    )
     with features_at(cluster, every, question.store, question.say) as there:
         chosen = choose(every, labelled, open_, budget, there, method=method, seed=seed)
     answer = chosen_table(every, chosen)
@@ -349,8 +352,8 @@ def _document(features: FeatureSet, chosen: NextImages, labelled: int, options: 
         "the most typical image of each group of look-alikes" if options.method == TYPICAL else "those that cover most"
     )
     paragraphs = [
-        f"{counted(count, 'image')} of {features.origin.dataset}, {how} by {features.column}, in the order in which they were "
-        f"chosen; {counted(labelled, 'image')} had a label before."
+        f"{counted(count, 'image')} of {features.origin.dataset}, {how} by {features.named_column}, in the order in which they "
+        f"were chosen; {counted(labelled, 'image')} had a label before."
     ]
     if count > len(images):
         paragraphs.append(f"The first {len(images)} are shown; a .csv file has all.")
@@ -363,7 +366,7 @@ def select_text(found: Mapping[str, Any]) -> str:
     chosen = found["chosen"]
     lines = [
         f"{found['dataset']}: {counted(len(chosen), 'image')} to label next, of {found['unlabelled']:,} without a label, by "
-        f"{found['column']} ({found['method']}); {found['labelled']:,} labelled",
+        f"{column_text(found)} ({found['method']}); {found['labelled']:,} labelled",
         *(f"WARNING: {text}" for text in found["warnings"]),
         "",
         table(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.curation.options import CLASS, COSINE, ON_A_PAGE, OutliersOptions
-from featurepipe.curation.question import Question, files_text, more_text
+from featurepipe.curation.question import Question, column_text, files_text, more_text
 from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
 from featurepipe.execution.local import features_at
@@ -142,7 +142,8 @@ def outliers(
         silent: Say nothing on standard error.
 
     Returns:
-        JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``by``, ``distance``, ``since`` (the run id, or null),
+        JSON values. ``dataset``, ``snapshot``, ``column``, ``bottleneck`` (its node, if known),
+        ``space``, ``by``, ``distance``, ``since`` (the run id, or null),
         ``images`` (ranked), ``unchecked``, ``copies`` (left out), ``compared_with`` (how many at first), ``count`` (of outliers),
         ``outliers``: a list of ``id``, ``label``, ``split``, ``distance``, ``score``, ``above`` and ``outlier``, the
         farthest first; ``file``, ``files``, ``options``, ``warnings``, ``seconds``.
@@ -168,7 +169,7 @@ def outliers(
     others = np.setdiff1d(once, asked) if new is not None else asked
     group = _classes(every) if by == CLASS else np.zeros(len(every), np.int64)
     question.say(
-        f"comparing {counted(len(asked), 'image')} with {len(others):,} of {question.dataset} by {every.column}"
+        f"comparing {counted(len(asked), 'image')} with {len(others):,} of {question.dataset} by {every.named_column}"
     )
     with features_at(cluster, every, question.store, question.say) as there:
         found = find_outliers(
@@ -458,7 +459,7 @@ def _document(features: FeatureSet, values: Blocks, found: Outliers, options: Ou
     how_many = counted(int(found.far.sum()), "outlier")
     paragraphs = [
         f"{how_many} of {counted(len(found.rows), 'image')} of {features.origin.dataset}. Shown are those farthest from {of} by "
-        f"{features.column}, by the distance to neighbour {options.neighbours}, each followed by the images nearest to it.",
+        f"{features.named_column}, by the distance to neighbour {options.neighbours}, each followed by the images nearest to it.",
         _rule(options.by),
     ]
     if options.since is not None:
@@ -489,7 +490,7 @@ def outliers_text(found: Mapping[str, Any]) -> str:
     of = f"what was there at {found['since']}" if found["since"] and found["by"] != CLASS else of
     lines = [
         f"{found['dataset']}: {counted(found['count'], 'outlier')} of {found['images']:,} images, far from {of} by "
-        f"{found['column']} ({found['distance']})"
+        f"{column_text(found)} ({found['distance']})"
     ]
     if found["copies"]:
         lines.append(f"copies of other images, left out: {found['copies']:,}")

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from featurepipe.curation.options import QuestionOptions
-from featurepipe.display import neutralised_text
+from featurepipe.display import named_columns, neutralised_text
 from featurepipe.errors import StoreMoved
 from featurepipe.monitoring.duplicates import checked_file, write_table
 from featurepipe.option_groups import as_asked
@@ -125,6 +125,7 @@ class Question:
             "dataset": self.dataset,
             "snapshot": self.snapshot,
             "column": self.features.column,
+            "bottleneck": self.features.origin.bottleneck,
             "space": self.features.origin.space,
             **found,
             "file": str(self.targets[0]) if self.targets else None,
@@ -151,6 +152,11 @@ def more_text(left: int, files: Sequence[str], why: str = "", *, has_limit: bool
     listed = "list more of them with --limit N, or " if has_limit else ""
     page = " (may be given beside the page)" if files else ""
     return [f"... {left:,} more; {listed}write all of them{f', {why}' if why else ''}: --to FILE.csv{page}"]
+
+
+def column_text(found: Mapping[str, Any]) -> str:
+    """The column of an answer, as people know it."""
+    return named_columns(found["column"].split("+"), found.get("bottleneck"))
 
 
 def files_text(files: Sequence[str]) -> list[str]:

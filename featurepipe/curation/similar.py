@@ -13,7 +13,7 @@ import pyarrow as pa
 from featurepipe.curation.index import ImageSearch, chosen_search
 from featurepipe.curation.options import COSINE, SimilarOptions
 from featurepipe.curation.queries import Queries, of_ids, queries_of
-from featurepipe.curation.question import Question, files_text, more_text
+from featurepipe.curation.question import Question, column_text, files_text, more_text
 from featurepipe.display import counted, first_names, table
 from featurepipe.errors import StoreMoved, UsageError
 from featurepipe.execution.local import features_at
@@ -108,7 +108,8 @@ def similar(
         silent: Say nothing on standard error.
 
     Returns:
-        JSON values. ``dataset``, ``snapshot``, ``images`` (searched), ``column``, ``space``, ``distance``, ``search``
+        JSON values. ``dataset``, ``snapshot``, ``images`` (searched), ``column``, ``bottleneck`` (its node, if known),
+        ``space``, ``distance``, ``search``
         (``exact`` or ``index``), ``why``, ``recall`` (as measured when the index was made); ``queries``, each with ``id`` and
         ``found``: a list of ``id``, ``label``, ``split`` and ``distance``, nearest first; ``computed``, ``rejects`` (``id``
         and ``reason``), ``file`` (the first), ``files``, ``options``, ``warnings``, ``seconds``.
@@ -133,7 +134,7 @@ def similar(
     asked = queries_of(question.store, features, queries, options, silent=silent)
     search = search_of(question, distance, index)
     question.say(
-        f"comparing {counted(len(asked.ids), 'image')} with {len(features):,} of {question.dataset} by {features.column}: "
+        f"comparing {counted(len(asked.ids), 'image')} with {len(features):,} of {question.dataset} by {features.named_column}: "
         f"{search.told()['search']}, {search.why}"
     )
     if cluster is not None and search.index is not None:
@@ -250,7 +251,7 @@ class SimilarImages:
 
     def __repr__(self) -> str:
         how, of = self._search.told(), self._question
-        return f"<SimilarImages {of.dataset}: {len(of.features):,} by {of.features.column}, {how['search']} ({how['why']})>"
+        return f"<SimilarImages {of.dataset}: {len(of.features):,} by {of.features.named_column}, {how['search']} ({how['why']})>"
 
     @property
     def features(self) -> FeatureSet:
@@ -333,7 +334,7 @@ def _document(answer: pa.Table, features: FeatureSet, asked: Queries) -> dict[st
     shown = asked.ids[:ON_PAGE]
     paragraphs = [
         f"The images of {features.origin.dataset} nearest to {_asked_for(asked.ids)} by "
-        f"{features.column}, of {len(features):,}."
+        f"{features.named_column}, of {len(features):,}."
     ]
     if len(asked.ids) > len(shown):
         paragraphs.append(f"The first {len(shown)} are shown; a .csv or .parquet file has all.")
@@ -358,7 +359,8 @@ def _lines(row: Mapping[str, Any]) -> list[str]:
 def similar_text(found: Mapping[str, Any]) -> str:
     """Sums up what `similar` returns, as plain text."""
     lines = [
-        f"{found['dataset']}: {found['images']:,} images compared by {found['column']} of {found['space']} ({found['distance']})",
+        f"{found['dataset']}: {found['images']:,} images compared by {column_text(found)} of {found['space']} "
+        f"({found['distance']})",
         f"search: {found['search']} ({found['why']}){_recall(found)}",
         *(f"WARNING: {text}" for text in found["warnings"]),
     ]

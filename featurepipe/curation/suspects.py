@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.curation.options import ON_A_PAGE, CheckLabelsOptions
-from featurepipe.curation.question import Question, files_text, more_text
+from featurepipe.curation.question import Question, column_text, files_text, more_text
 from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
 from featurepipe.execution.local import features_at
@@ -140,7 +140,8 @@ def labels(
         silent: Say nothing on standard error.
 
     Returns:
-        JSON values. ``dataset``, ``snapshot``, ``column``, ``space``, ``kind`` (``multiclass``, ``multilabel`` or
+        JSON values. ``dataset``, ``snapshot``, ``column``, ``bottleneck`` (its node, if known),
+        ``space``, ``kind`` (``multiclass``, ``multilabel`` or
         ``continuous``), ``images`` (checked), ``unlabelled``, ``unchecked`` (the only ones of their class), ``count`` (of
         suspects), ``suspects``: a list of ``id``, ``given``, ``suggested``, ``score``, of several labels ``label``, the most
         suspect first; ``file`` (the first), ``files``, ``options``, ``warnings``, ``seconds``. With ``dry_run`` instead of what
@@ -171,7 +172,7 @@ def labels(
             **planned(known, folds=folds, seed=seed, timed=cluster is None),
         )  # fmt: skip
         return {**found, "file": None, "files": []}
-    question.say(f"checking the labels of {counted(len(known), 'image')} by {known.column}, in {folds} folds")
+    question.say(f"checking the labels of {counted(len(known), 'image')} by {known.named_column}, in {folds} folds")
     with features_at(cluster, known, question.store, question.say) as there:
         with show(folds * (len(known.target_names) or 1), "fit", unit="heads", silent=silent) as progress:
             suspects = find_suspects(known, there, folds=folds, seed=seed, done=lambda: progress.advance(1))
@@ -471,7 +472,7 @@ def _document(features: FeatureSet, values: Blocks, suspects: Suspects, limit: i
         groups.append({"title": f"{place + 1}. {ids[row]}", "images": images})
     several = f"{counted(len(suspects.rows), 'label')} of {counted(len(features), 'image')}"
     counts = f"{several} of {features.origin.dataset} look wrong"
-    paragraphs = [f"{counts}, judged by heads on {features.column} that had not learned from them."]
+    paragraphs = [f"{counts}, judged by heads on {features.named_column} that had not learned from them."]
     paragraphs.append("Each is followed by the images nearest to it. Some may be right, and the image unusual.")
     if len(rows) < len(suspects.rows):
         paragraphs.append(f"The first {len(rows)} are shown, the most suspect first; a .csv file has all.")
@@ -498,7 +499,7 @@ def plan_text(found: Mapping[str, Any]) -> str:
     seconds = found["expected_seconds"]
     how_long = "whose time is not estimated on a cluster" if seconds is None else f"about {spoken(seconds)}"
     return "\n".join([
-        f"{found['dataset']}: the labels of {counted(found['images'], 'image')} by {found['column']}{without}",
+        f"{found['dataset']}: the labels of {counted(found['images'], 'image')} by {column_text(found)}{without}",
         f"{len(counts):,} {noun}: {shown}{more}" if counts else "numbers",
         f"{counted(found['fits'], 'fit')} on {found['rows']:,} x {found['width']:,} features, in {found['folds']} folds: "
         f"{how_long}",
@@ -508,7 +509,9 @@ def plan_text(found: Mapping[str, Any]) -> str:
 
 def labels_text(found: Mapping[str, Any]) -> str:
     """Sums up what `labels` returns, as plain text."""
-    lines = [f"{found['dataset']}: {found['count']:,} of {found['images']:,} labels look wrong, by {found['column']}"]
+    lines = [
+        f"{found['dataset']}: {found['count']:,} of {found['images']:,} labels look wrong, by {column_text(found)}"
+    ]
     if found["unlabelled"]:
         lines.append(f"{counted(found['unlabelled'], 'image')} without a label, not checked")
     lines += [f"WARNING: {text}" for text in found["warnings"]]

@@ -392,7 +392,7 @@ def _record(
 ) -> dict[str, Any]:
     """What ``evaluate`` returns."""
     return {
-        "bundle": _about(asked.model, asked.given),
+        "bundle": {**_about(asked.model, asked.given), "bottleneck": asked.features.origin.bottleneck},
         "dataset": asked.features.origin.dataset,
         "split": split,
         "scope": scope,

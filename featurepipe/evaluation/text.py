@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurepipe.display import counted, first_names, share, table
+from featurepipe.display import counted, first_names, named_columns, share, table
 from featurepipe.heads.bundle.files import MULTILABEL
 from featurepipe.heads.bundle.text import interval_text, labels_calibration_text
 from featurepipe.heads.statistics.metrics import measures_text
@@ -66,7 +66,7 @@ def _heading(record: Mapping[str, Any]) -> str:
         what = f"the number {bundle['target']['column']}, {interval_text(interval) if interval else 'no prediction intervals'}"
     return (
         f"{record['dataset']}, {record['scope']}: {', '.join(parts)}\n"
-        f"{bundle['head']} on {bundle['backbone']} {' + '.join(bundle['columns'])}, {what}"
+        f"{bundle['head']} on {bundle['backbone']} {named_columns(bundle['columns'], bundle.get('bottleneck'))}, {what}"
     )
 
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurepipe.display import counted, share, size, table
+from featurepipe.display import counted, named_columns, share, size, table
 from featurepipe.extraction.text import damaged_lines
 from featurepipe.heads.families import SHARED_PASSES
 from featurepipe.layer_depth.phases import DESCRIBE, JOIN, MEASURE
@@ -116,9 +116,7 @@ def _width_of_best(found: Mapping[str, Any]) -> str:
 
 def _named(column: str, found: Mapping[str, Any]) -> str:
     """A column, and whether it is what people ask for as the bottleneck, whose node has a name of its own."""
-    bottleneck = (found["backbone"].get("description") or {}).get("bottleneck")
-    node = column.partition(":")[0]
-    return f"{column} (bottleneck)" if node == bottleneck != "bottleneck" else column
+    return named_columns(column, (found["backbone"].get("description") or {}).get("bottleneck"))
 
 
 def _ties(chosen: Mapping[str, Any]) -> str:

@@ -90,7 +90,8 @@ def duplicates(
         ``groups``, ``images``, ``across_splits``, ``label_conflicts`` (groups) and ``listed``, those across splits first: a
         list of ``kind``, ``across_splits``, ``label_conflict`` and ``images`` (``id``, ``split``, ``label``, ``key``, and in a
         near group ``distance``, to the nearest other image of the group). ``exact`` has ``copies``, the images that are one
-        too many; ``near`` has ``distance``, ``column``, ``space``, ``pairs``, ``search`` (``exact`` or ``approximate``) and
+        too many; ``near`` has ``distance``, ``column``, ``bottleneck`` (its node, if known),
+        ``space``, ``pairs``, ``search`` (``exact`` or ``approximate``) and
         ``recall``. ``file``; ``options`` as they were asked for; ``warnings``;
         ``seconds``.
 
@@ -126,7 +127,7 @@ def duplicates(
     kinds = [exact]
     if wanted is not None:
         features = source.features(name, node=node, backbone=backbone, snapshot=snapshot).take(first)
-        announcer(silent=silent)(f"comparing {len(features):,} different images by {features.column}")
+        announcer(silent=silent)(f"comparing {len(features):,} different images by {features.named_column}")
         pairs = near_pairs(features, wanted, seed=seed, threads=threads, silent=silent)
         kinds.append(_near_groups(images, image, pairs))
         found["near"] = {**_about(pairs, features), **kinds[-1].counts(), "listed": kinds[-1].listed(limit)}
@@ -169,6 +170,7 @@ def _about(pairs: NearPairs, features: FeatureSet) -> dict[str, Any]:
     return {
         "distance": pairs.distance,
         "column": features.column,
+        "bottleneck": features.origin.bottleneck,
         "space": features.origin.space,
         "pairs": len(pairs.first),
         "search": "exact" if pairs.exact else "approximate",

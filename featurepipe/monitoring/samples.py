@@ -189,9 +189,7 @@ class Columns:
             )
             for name, (part, row, _) in zip(names, places, strict=True)
         ]
-        space = self.space
-        store = str(space.path.parent.parent)
-        origin = Origin(store, dataset, space.backbone, space.name, space.fingerprint, space.fields)
+        origin = Origin.of(self.space, dataset)
         kept = np.flatnonzero(there)
         return FeatureSet(images.table.take(kept), images.keys[kept], WideRows(tuple(rows)), origin)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurepipe.display import first_names, share, table
+from featurepipe.display import first_names, named_columns, share, table
 from featurepipe.monitoring.standing_warnings import prediction_tests
 
 _IDS = 5
@@ -29,7 +29,8 @@ def duplicates_text(found: Mapping[str, Any]) -> str:
     lines = [f"{found['dataset']}: {_images_text(found['images'])}, {copies} ({_groups(exact)})"]
     if near is not None:
         how = "" if near["search"] == "exact" else f"; about {share(near['recall'])} of such pairs are found"
-        lines.append(f"within {near['distance']:.3g} of another by {near['column']}: {_groups(near)}{how}")
+        column = named_columns(near["column"], near.get("bottleneck"))
+        lines.append(f"within {near['distance']:.3g} of another by {column}: {_groups(near)}{how}")
     else:
         lines.append("images nearly alike were not looked for; to do so: --near auto")
     lines += [f"WARNING: {text}" for text in found["warnings"]]

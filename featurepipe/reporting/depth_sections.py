@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurepipe.display import counted
+from featurepipe.display import counted, named_columns
 from featurepipe.records import is_undisturbed
 from featurepipe.reporting.blocks import (
     DASH,
@@ -223,7 +223,7 @@ def _answer(document: Document) -> list[Block]:
     )
     taken = called(best["column"], document)
     sentence = f"Take {taken} with a {best.get('head', 'linear')} head: {reached}{_in_brackets(best, over)}."
-    against = _against_best(best)
+    against = _against_best(best, document)
     rule = f"Rule: {best['rule']}." if best.get("rule") else ""
     figures = (
         (measure.title, measure.text(best.get("value")), _bounds(best, over)),
@@ -296,26 +296,28 @@ def _what_of(document: Document) -> str:
     )
 
 
-def _against_best(best: Document) -> str:
+def _against_best(best: Document, document: Document) -> str:
     saved = finite(best.get("saved"))
     cost = f"Stopping the network there saves {percent(saved, 0)} of its operations. " if saved else ""
     if best.get("best") in {None, best["column"]}:
         return f"{cost}No node did better."
     measure = measure_of(best)
-    return f"{cost}The {measure.best} node, {best['best']}, reaches {measure.text(best.get('best_value'))}."
+    return f"{cost}The {measure.best} node, {called(best['best'], document)}, reaches {measure.text(best.get('best_value'))}."
 
 
 def called(column: str, document: Document) -> str:
     """A column, and whether it is of the node that people ask for as the bottleneck."""
+    return named_columns(column, _bottleneck_of(document))
+
+
+def _bottleneck_of(document: Document) -> str | None:
     described = (document.get("backbone") or {}).get("description")
-    node = described.get("bottleneck") if isinstance(described, Mapping) else None
-    return f"{column} (bottleneck)" if column.partition(":")[0] == node not in {None, "bottleneck"} else column
+    return described.get("bottleneck") if isinstance(described, Mapping) else None
 
 
 def _bottleneck(document: Document) -> str:
     """What the node is called that people ask for as the bottleneck."""
-    described = (document.get("backbone") or {}).get("description")
-    node = described.get("bottleneck") if isinstance(described, Mapping) else None
+    node = _bottleneck_of(document)
     return f"{node} is the network's bottleneck." if node not in {None, "bottleneck"} else ""
 
 

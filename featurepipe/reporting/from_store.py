@@ -258,7 +258,9 @@ def _bundle(
     document = {
         "kind": "bundle",
         "version": 1,
-        "bundle": {**describe_bundle(bundle), "path": os.fspath(path), "bottleneck": _bottleneck(store, bundle.fingerprint)},
+        "bundle": {
+            **describe_bundle(bundle), "path": os.fspath(path), "bottleneck": store.space(bundle.fingerprint).bottleneck,
+        },
         "evaluation": found,
         "provenance": {
             "command": command, "when": now(), "software": versions(), "machine": host(), "store": str(store.path),
@@ -274,12 +276,6 @@ def _bundle(
         roles = RoleOptions(**roles.arguments(), target=bundle.target_name or None, multilabel=multilabel)
     view = with_roles(store, view, options.labels, roles, lambda _: None, trained=known)  # evaluate has said it all
     return document, _features(view.select(split=found["split"]) if found["split"] else view)
-
-
-def _bottleneck(store: FeatureStore, fingerprint: str) -> str | None:
-    """The node that is the network's bottleneck, as its feature space says."""
-    found = (store.space(fingerprint).notes.get("backbone") or {}).get("bottleneck")
-    return None if found is None else str(found)
 
 
 def _features(view: FeatureSet) -> Features:

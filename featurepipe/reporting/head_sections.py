@@ -9,7 +9,7 @@ from typing import Any
 
 from bokeh.models import BooleanFilter, CDSView, ColumnDataSource
 
-from featurepipe.display import counted
+from featurepipe.display import counted, named_columns
 from featurepipe.heads.statistics.multilabel import TITLES as LABEL_TITLES
 from featurepipe.heads.statistics.regression import TITLES as NUMBER_TITLES
 from featurepipe.reporting.blocks import (
@@ -53,10 +53,8 @@ def bundle_title(document: Document) -> str:
 def bundle_column(document: Document) -> str:
     """The column or columns that the bundle's head reads; the network's last is also known as its bottleneck."""
     bundle = document.get("bundle") or {}
-    last = bundle.get("bottleneck") or "bottleneck"
     columns = [str(column) for column in bundle.get("columns") or []]
-    named = [f"{one} (bottleneck)" if one.partition(":")[0] == last != "bottleneck" else one for one in columns]
-    return " + ".join(named) or "its features"
+    return named_columns(columns, bundle.get("bottleneck")) or "its features"
 
 
 def bundle_sections(document: Document) -> list[Section]:

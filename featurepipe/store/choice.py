@@ -191,7 +191,7 @@ def open_features(
         snapshot.select(["id", "label", "split"]).combine_chunks(),
         keys,
         rows,
-        Origin(str(store.path), dataset, space.backbone, space.name, space.fingerprint, space.fields),
+        Origin.of(space, dataset),
         rejects=rejects,
         map_shape=tuple(map_shape) if map_shape else None,
     )

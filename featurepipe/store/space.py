@@ -82,6 +82,7 @@ class Origin:
         space: Name of the feature space.
         fingerprint: Of the feature space.
         fields: The feature space: everything that changes a value.
+        bottleneck: The node that people ask for as the bottleneck; None if the space does not say.
     """
 
     store: str
@@ -90,6 +91,15 @@ class Origin:
     space: str
     fingerprint: str
     fields: Mapping[str, Any]
+    bottleneck: str | None = None
+
+    @classmethod
+    def of(cls, space: Space, dataset: str) -> Origin:
+        """Where features of a dataset in a space come from."""
+        store = str(space.path.parent.parent)
+        return cls(
+            store, dataset, space.backbone, space.name, space.fingerprint, space.fields, bottleneck=space.bottleneck
+        )
 
 
 def check_spaces(a: Origin, b: Origin) -> None:
@@ -266,6 +276,12 @@ class Space:
     def name(self) -> str:
         """Its folder's name."""
         return self.path.name
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The node that people ask for as the bottleneck; None if the space does not say."""
+        node: str | None = self.notes.get("aliases", {}).get("bottleneck")
+        return node
 
     @property
     def rejects_path(self) -> Path:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.annotations import names_in_doubt, split_asked
-from featurepipe.display import bytes_of, counted
+from featurepipe.display import bytes_of, counted, named_columns
 from featurepipe.errors import UsageError
 from featurepipe.lazy_names import lazy_names
 from featurepipe.results import card, optional
@@ -76,7 +76,7 @@ class FeatureSet(LabelledImages):
         )
         facts = {
             "dataset": f"{self.origin.dataset}, of {self.origin.store}",
-            "columns": " + ".join(self.columns),
+            "columns": self.named_column,
             "values": f"{self.shape[1]:,}, stored as {self.dtype}, read as float32",
             **{name: value for name, value in counts.items() if value or name == "images"},
         }
@@ -141,6 +141,11 @@ class FeatureSet(LabelledImages):
     def column(self) -> str:
         """The column, ``node:pooling``; several are joined by ``+``."""
         return "+".join(self.columns)
+
+    @property
+    def named_column(self) -> str:
+        """The same for people: ``flatten:gap (bottleneck)``."""
+        return named_columns(self.columns, self.origin.bottleneck)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -462,7 +467,7 @@ def describe(features: FeatureSet) -> str:
     lines = [
         f"dataset  {features.origin.dataset}, of {features.origin.store}",
         f"space    {features.origin.space}",
-        f"columns  {' + '.join(features.columns)}: {features.shape[1]:,} values, {features.dtype}",
+        f"columns  {features.named_column}: {features.shape[1]:,} values, {features.dtype}",
         f"images   {counts['images']:,} ({', '.join(rest)})",
         f"classes  {_listed(counts['classes'])}",
         f"splits   {_listed(counts['splits'])}",

@@ -319,6 +319,7 @@ def publish(
     return {
         "bundle": str(path),
         "backbone": bundle.backbone["name"],
+        "bottleneck": task.features.origin.bottleneck,
         **training,
         "test_left_out": 0 if task.is_multilabel else int((task.codes[task.division.test] < 0).sum()),
         "test_seen": int(bundle.was_trained_on(task.features.take(task.division.test).keys64).sum()),

@@ -398,7 +398,7 @@ def all_columns(store: FeatureStore, dataset: str, backbone: str | None, say: Ca
     """
     space = choose_space(store, backbone, dataset)
     held = space.columns()
-    bottleneck = space.notes.get("aliases", {}).get("bottleneck")
+    bottleneck = space.bottleneck
 
     def place(column: str) -> tuple[bool, list[tuple[int, str]]]:
         pieces = re.findall(r"\d+|\D+", column)

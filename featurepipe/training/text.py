@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featurepipe.display import counted, first_names, size, table
+from featurepipe.display import counted, first_names, named_columns, size, table
 from featurepipe.heads.bundle.text import (
     interval_text,
     label_thresholds_text,
@@ -92,8 +92,9 @@ def _task_lines(found: Mapping[str, Any]) -> list[str]:
     counts, classes = found["counts"], found["classes"]
     shown = ", ".join(f"{name} ({count:,})" for name, count in list(classes.items())[:_CLASSES_SHOWN])
     left_out = [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
+    columns = named_columns(found["columns"], found.get("bottleneck"))
     return [
-        f"{found['dataset']}, {' + '.join(found['columns'])}: {counts['train']:,} images to train on, {counts['test']:,} to test"
+        f"{found['dataset']}, {columns}: {counts['train']:,} images to train on, {counts['test']:,} to test"
         + (f"; left out: {', '.join(left_out)}" if left_out else ""),
         _target(found["target"])
         if "target" in found

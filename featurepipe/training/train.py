@@ -209,7 +209,7 @@ def train(
         say(f"{folder.name} is trained: {reason}")
     task = timed(task, recipe, options, say)
     if dry_run:
-        return {**task.as_dict(), **asked}
+        return {**task.as_dict(), "bottleneck": task.features.origin.bottleneck, **asked}
     space = source.space(task.features.space_fingerprint)
     file = weights.get(space.fingerprint) if isinstance(weights, Mapping) else weights
     elsewhere = options.tune or task.cost.cluster is not None

@@ -430,7 +430,7 @@ def _rows_of(
             raise
         space = next(space for space in store.spaces() if space.columns())  # whichever: its features are not taken
     columns = space.columns()
-    bottleneck = f"{space.notes.get('aliases', {}).get('bottleneck', 'bottleneck')}:gap"
+    bottleneck = f"{space.bottleneck or 'bottleneck'}:gap"
     if bottleneck in columns or not columns:
         return space, bottleneck
     return space, next(iter(columns))
