@@ -6,23 +6,25 @@ import html
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from featurepipe.curation.options import ForgetOptions
 from featurepipe.display import counted, first_names, size
 from featurepipe.errors import FeaturepipeError, UsageError, unsearchable
 from featurepipe.heads.bundle.bundle import seen_of
 from featurepipe.heads.bundle.files import SEEN
-from featurepipe.progress import announcer
 from featurepipe.store import FeatureStore, forget_images
 from featurepipe.store.atomic import listed, read_file, read_json
+from featurepipe.store.exports import ABOUT, TABLES, texts_in
 from featurepipe.store.feature_store import is_store
 from featurepipe.store.keys import as_keys, keys_from_arrow, prefixes_of
 from featurepipe.store.labels import read_columns
@@ -31,8 +33,10 @@ from featurepipe.store.traces import Removal, is_in_text
 
 HOLDS_ROWS = frozenset({"knn", "rbf-svm", "kernel-ridge"})
 """Heads that keep feature rows of what they learned from."""
-_TEXTS = frozenset({".html", ".csv", ".jsonl", ".json", ".txt", ".md"})
-_LARGEST = 1 << 28
+_TEXTS = frozenset({".html", ".csv", ".tsv", ".jsonl", ".json", ".ipynb", ".txt", ".log", ".md", ".tex", ".svg"})
+_READ = _TEXTS | frozenset(TABLES)
+_AT_ONCE = 1 << 24
+"""Characters of a file of text that are searched at a time, and the rest of the line."""
 _SOURCES = frozenset({"source", "host", "machine", "options", "plan"})
 """Entries of run records whose paths are no results."""
 
@@ -68,7 +72,8 @@ def forget(
     Returns:
         The fields of `featurepipe.store.ForgetReport`, and ``dependents``: ``path``, ``kind`` (``bundle``, ``store``, ``page`` or
         ``table``), ``images`` (how many it is of; None if not counted), and ``why``; ``free_bundles``: paths of the bundles that
-        were looked at and hold none of the images.
+        were looked at and hold none of the images; ``unread``: ``path`` of what could not be read, and ``why``; ``other_files``:
+        how many files of other kinds there are, by suffix, which were not looked into.
 
     Raises:
         UsageError: An id is nowhere, or the file or a folder to look in cannot be read; nothing is changed.
@@ -85,20 +90,16 @@ def forget(
     for place in places:
         if not place.exists():
             raise UsageError(f"cannot look in {place}: {unsearchable(place) or 'it is not there'}", option="look_in")
-    say = announcer(silent=silent)
-    found: list[dict[str, Any]] = []
-    free: list[str] = []
+    seen = _Looked()
     asked_by = ids if request is None and isinstance(ids, str | PathLike) else request
 
     def look(order: Removal) -> None:
-        holding, others = dependents(target, order, places, say, None if asked_by is None else Path(asked_by).resolve())
-        found.extend(holding)
-        free.extend(others)
+        dependents(target, order, places, seen, None if asked_by is None else Path(asked_by).resolve())
 
     report = forget_images(
         target, wanted, dataset=dataset, may_come_back=may_come_back, dry_run=dry_run, before=look, silent=silent
     )
-    return {**asdict(report), "dry_run": dry_run, "dependents": found, "free_bundles": free}
+    return {**asdict(report), "dry_run": dry_run, **seen.told()}
 
 
 def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
@@ -127,52 +128,76 @@ def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
 # What was made of them
 
 
+@dataclass
+class _Looked:
+    """What was looked at, by resolved path.
+
+    Attributes:
+        holding: What depends on images, as the result says it.
+        free: Bundles that do not.
+        unread: What nobody could read, and why.
+        others: Files of other kinds, which nobody looks into.
+    """
+
+    holding: dict[str, dict[str, Any]] = field(default_factory=dict)
+    free: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, dict[str, str]] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """JSON values of the result."""
+        return {
+            "dependents": sorted(self.holding.values(), key=lambda entry: (entry["kind"], entry["path"])),
+            "free_bundles": sorted(path for key, path in self.free.items() if key not in self.holding),
+            "unread": sorted(self.unread.values(), key=lambda entry: entry["path"]),
+            "other_files": dict(sorted(Counter(self.others.values()).items())),
+        }
+
+
 def dependents(
-    store: FeatureStore,
-    order: Removal,
-    places: Iterable[Path],
-    say: Callable[[str], None],
-    request: Path | None = None,
-) -> tuple[list[dict[str, Any]], list[str]]:
+    store: FeatureStore, order: Removal, places: Iterable[Path], seen: _Looked, request: Path | None = None
+) -> None:
     """Looks for bundles, stores, pages and tables that hold or name images.
 
     Args:
         store: The store that they are removed from.
         order: The images.
         places: Where to look; besides, where run records say that something was written.
-        say: Told what cannot be read.
+        seen: Told what was found.
         request: The resolved path of the file that lists the images, which is not among what depends on them.
-
-    Returns:
-        What depends on them, and the paths of the bundles that do not.
     """
-    roots = [*places, *_named_in_records(store)]
-    found: dict[str, dict[str, Any]] = {}
-    free: dict[str, str] = {}
-    for path in _candidates(roots, store.path.resolve()):
-        key = str(path.resolve())
-        if key in found or key in free or path.resolve() == request:
+    done: set[Path] = set() if request is None else {request}
+    for path in _candidates([*places, *_named_in_records(store)], store.path.resolve()):
+        key = path.resolve()
+        if key in done:
+            continue
+        done.add(key)
+        if path.is_file() and path.suffix.lower() not in _READ:
+            seen.others[str(key)] = path.suffix.lower()
             continue
         try:
             entry = _depends(path, order)
         except (FeaturepipeError, OSError, ValueError, KeyError, TypeError) as error:
-            say(f"cannot tell whether {path} depends on them: {error}")
+            seen.unread[str(key)] = {"path": str(path), "why": str(error)}
             continue
         if entry is not None:
-            found[key] = {"path": str(path), **entry}
+            seen.holding[str(key)] = {"path": str(path), **entry}
         elif path.is_dir() and not is_store(path):
-            free[key] = str(path)
-    return sorted(found.values(), key=lambda entry: (entry["kind"], entry["path"])), sorted(free.values())
+            seen.free[str(key)] = str(path)
 
 
 def _named_in_records(store: FeatureStore) -> Iterator[Path]:
-    """Files and bundles that run records say were written."""
+    """Files, bundles and exported folders that run records say were written."""
     for record in store.runs():
         for text in _texts({name: value for name, value in record.items() if name not in _SOURCES}):
             if text.startswith("/") and len(text) < 4096:
                 path = Path(text)
                 with suppress(OSError, ValueError):
-                    if path.is_file() or (path / "bundle.json").is_file() or is_store(path):
+                    if (
+                        path.is_file()
+                        or any((path / name).is_file() for name in ("bundle.json", ABOUT))
+                        or is_store(path)
+                    ):
                         yield path
 
 
@@ -190,7 +215,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _candidates(roots: Iterable[Path], own: Path) -> Iterator[Path]:
     """Bundles and stores as folders, other files one by one; nothing in the store itself."""
     for root in roots:
-        waiting = [root]
+        waiting = [root.resolve() if root.is_symlink() else root]
         while waiting:
             path = waiting.pop()
             if path.resolve() == own or path.is_symlink():
@@ -242,24 +267,26 @@ def _store(path: Path, order: Removal) -> dict[str, Any] | None:
 
 def _file(path: Path, order: Removal) -> dict[str, Any] | None:
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(path) as file:
-            if "id" not in file.schema_arrow.names:
-                return None
-            count = int(order.are_named(file.read(["id"])["id"].cast("string")).sum())
-        return {"kind": "table", "images": count, "why": "names them"} if count else None
-    if suffix not in _TEXTS or path.stat().st_size > _LARGEST:
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if not is_in_text(html.unescape(text) if suffix == ".html" else text, order):
+    if suffix in TABLES:
+        named = {
+            name for texts in texts_in(path) for name in texts.filter(pa.array(order.are_named(texts))).to_pylist()
+        }
+        return {"kind": "table", "images": len(named), "why": "names them"} if named else None
+    pages = (html.unescape(text) if suffix == ".html" else text for text in _text_of(path))
+    if not any(is_in_text(text, order) for text in pages):
         return None
     return {
         "kind": "page" if suffix == ".html" else "table",
         "images": None,
         "why": "names them, perhaps with pictures: write it again",
     }
+
+
+def _text_of(path: Path) -> Iterator[str]:
+    """The text of a file, whole lines, some at a time."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        while text := file.read(_AT_ONCE):
+            yield text + file.readline()
 
 
 def forget_text(told: Mapping[str, Any]) -> str:
@@ -283,6 +310,10 @@ def forget_text(told: Mapping[str, Any]) -> str:
         )
     lines += [f"depends on them: {entry['kind']} {entry['path']}: {entry['why']}" for entry in told["dependents"]]
     lines += [f"looked at, holds none of them: bundle {path}" for path in told["free_bundles"]]
+    lines += [f"cannot tell whether {entry['path']} depends on them: {entry['why']}" for entry in told["unread"]]
+    if told["other_files"]:
+        kinds = [f"{suffix or 'without a suffix'} ({count:,})" for suffix, count in told["other_files"].items()]
+        lines.append(f"not looked into, as files of another kind: {first_names(kinds, 8)}")
     if told["images"] and not told["dependents"]:
         lines.append("depends on them: nothing that run records name; --look-in FOLDER searches further")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from featurepipe.annotations import KEPT_COLUMN, column_named
 from featurepipe.errors import Message, Option, StoreMoved, UsageError, unknown
 from featurepipe.progress import announcer
+from featurepipe.store.arrays import open_arrays
 from featurepipe.store.atomic import atomic_file, reporting_full_disk, sync_folder, write_json
 from featurepipe.store.choice import relocated
 from featurepipe.store.commit import ArraySpec, PartArray, write_arrays
@@ -530,6 +531,40 @@ def read_about(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} is no folder that featurepipe export wrote: {error}") from error
     return found
+
+
+TABLES = (".parquet", ".npz", ".h5")
+"""Files of which `texts_in` gives the texts."""
+
+
+def texts_in(path: Path) -> Iterator[pa.Array | pa.ChunkedArray]:
+    """Yields the texts in a file of features, or in any Parquet file, some at a time: ids, names, and all other columns of texts.
+
+    Raises:
+        OSError: It cannot be read.
+        StoreError: It is no HDF5 file.
+        ValueError: It is no such file (also `pyarrow.ArrowInvalid`), or an array of it would run code when it is read.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        with pq.ParquetFile(path) as file:
+            names = [field.name for field in file.schema_arrow if _is_text(field.type)]
+            for batch in file.iter_batches(columns=names) if names else ():
+                yield from (column.cast(pa.string()) for column in batch.columns)
+    elif suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            yield from (pa.array(arrays[name]) for name in arrays.files if arrays[name].dtype.kind == "U")
+    else:
+        for array in open_arrays(path).values():
+            for start in (
+                range(0, len(array), _TEXTS_AT_ONCE) if array.dtype.kind in "SO" and len(array.shape) == 1 else ()
+            ):
+                yield pa.array(array[start : start + _TEXTS_AT_ONCE].tolist(), pa.string())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner))
 
 
 def behind(features: FeatureSet, held: pa.Table) -> SnapshotDifference:

@@ -105,6 +105,33 @@ def test_what_depends_on_them_is_named(store, source, tmp_path, capsys):
     assert "none of their keys, features or names" in text
 
 
+def test_features_that_were_handed_on_and_tables_of_any_size_are_named(store, tmp_path, capsys, monkeypatch):
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in ("all.npz", "all.h5", "all.parquet", "folder"):
+        featurepipe.export(store, node="bottleneck", to=made / name, silent=True)
+    pq.write_table(pa.table({"query": ["flat/0.png"], "id": ["down/0.png"]}), made / "like.parquet")
+    monkeypatch.setattr("featurepipe.curation.forget._AT_ONCE", 40)
+    (made / "long.csv").write_text(
+        "id,label\n" + "".join(f"x{number}.png,a\n" for number in range(9)) + "flat/1.png,b\n"
+    )
+    (made / "free.csv").write_text("id,label\ndown/0.png,a\n")
+    for name in ("model.pt", "other.pt", "LICENCE"):
+        (made / name).write_bytes(b"flat/0.png")
+    (made / "broken.npz").write_bytes(b"flat/0.png")
+    (tmp_path / "by-a-link").symlink_to(made)
+    told = forget(store, PERSON, look_in=[tmp_path / "by-a-link"], silent=True)
+    found = {Path(entry["path"]).relative_to(made).as_posix(): entry["images"] for entry in told["dependents"]}
+    assert found == {
+        "all.npz": 2, "all.h5": 2, "all.parquet": 2, "folder/features-00000.parquet": 2, "like.parquet": 1, "long.csv": None,
+    }  # fmt: skip
+    assert [Path(one["path"]).name for one in told["unread"]] == ["broken.npz"]
+    assert told["other_files"] == {"": 1, ".pt": 2}
+    text = forget_text(told)
+    assert f"cannot tell whether {made / 'broken.npz'} depends on them: " in text
+    assert "not looked into, as files of another kind: without a suffix (1), .pt (2)" in text
+
+
 def test_from_the_command_line(store, tmp_path, capsys, monkeypatch):
     bars = []
     monkeypatch.setattr(
