@@ -457,7 +457,7 @@ def _refuse_other_folder(path: Path, identity: str) -> None:
             record = read_document(other, SpaceDocument)
         except StoreError:
             continue  # set aside, as `info` says
-        if record["fingerprint"] == identity:
+        if record["fingerprint"] == identity and other.parent != path:  # that one was made by another since we looked
             raise StoreError(f"{other.parent} holds this feature space; rename the folder to {path.name}")
 
 

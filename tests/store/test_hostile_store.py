@@ -16,6 +16,7 @@ from featurepipe.heads.bundle.bundle import write_bundle
 from featurepipe.monitoring.drift import drift
 from featurepipe.monitoring.duplicates import duplicates
 from featurepipe.store import FeatureStore, compact_store, describe, export, verify_store
+from featurepipe.store import space as space_module
 from featurepipe.store.parts import read_part
 
 NAMES = ["a1", "a2", "b1", "b2", "b3"]
@@ -233,6 +234,23 @@ def test_a_renamed_space_is_named_and_its_features_are_not_computed_again(two, s
         reopened(two).open_space(space.fields, backbone="tiny")
     space.path.with_name(name).rename(space.path)
     assert len(reopened(two).features("d", "a")) == 5
+
+
+def test_a_space_that_another_process_makes_meanwhile_is_opened(two, monkeypatch):
+    """Between the look whether it is there and the look for a renamed one."""
+    fields, refuse = {"dtype": "float32", "net": "racing"}, space_module._refuse_other_folder
+    rivals = []
+
+    def after_a_rival(path, identity):
+        if not rivals:
+            rivals.append(path)
+            reopened(two).open_space(fields, backbone="racing")
+        refuse(path, identity)
+
+    monkeypatch.setattr(space_module, "_refuse_other_folder", after_a_rival)
+    opened = reopened(two).open_space(fields, backbone="racing")
+    assert rivals == [opened.path]
+    assert [space.name for space in reopened(two).spaces() if space.backbone == "racing"] == [opened.name]
 
 
 def test_a_copy_of_a_space_in_a_folder_of_another_name_changes_nothing(two, space):
