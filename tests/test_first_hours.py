@@ -12,6 +12,7 @@ from PIL import Image
 import featurepipe
 from featurepipe.backbones import loading
 from featurepipe.backbones.loading import DEFAULT, SMALL, default_backbone
+from featurepipe.store import FeatureStore
 
 LENET = ("--backbone", "lenet5", "--weights", "none")
 
@@ -50,9 +51,10 @@ def test_extract_alone_names_the_next_command_and_its_reasons(photos, cli):
     assert first.code == 0, first.err
     assert first.out.splitlines()[-1] == "next: featurepipe train features --dataset my-photos --out my-photos-bundle"
     assert "extraction.prepare" not in first.err
+    (space,) = FeatureStore(photos.parent / "features").spaces()
     again = cli("extract", "-v", "my photos", *LENET, "--store", "features", cwd=photos.parent)
     assert "extraction.prepare: 2 images need nothing: same id, size and time, and every column there" in again.err
-    assert "extraction.prepare: precision fp32: as in the store" in again.err
+    assert f"extraction.prepare: precision {space.fields['precision']}: as in the store" in again.err
     (photos.parent / "loose").mkdir()
     Image.effect_noise((32, 32), 50).save(photos.parent / "loose" / "a b.png")
     loose = cli("extract", "loose", *LENET, "--store", "a store", cwd=photos.parent)

@@ -23,6 +23,10 @@ from featurepipe.tuning.finetune import finetune
 
 CUT, MAP = "s2", "s2:map"
 NETWORK: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "silent": True}
+EXACT: dict[str, Any] = {
+    "dtype": "float32",
+    "precision": "fp32",
+}  # on every processor: some compute in bfloat16 by themselves
 IMAGES = 80
 
 
@@ -44,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(folder: Path) -> fp.FeatureStore:
     """Activations of both sides, in float32."""
     store = fp.FeatureStore(folder / "store")
-    fp.extract(folder / "piles", store, dataset="digits", nodes=[MAP, "bottleneck"], dtype="float32", **NETWORK)
+    fp.extract(folder / "piles", store, dataset="digits", nodes=[MAP, "bottleneck"], **EXACT, **NETWORK)
     fp.extract(folder / "piles", store, dataset="digits", nodes=[MAP], mirrored=True, **NETWORK)
     return store
 
@@ -53,7 +57,7 @@ def test_mirrored_activations_are_those_of_mirrored_files_and_of_the_trunk(folde
     plain, mirrored = sorted(store.spaces(), key=lambda space: "mirrored" in space.fields)
     assert mirrored.fields == {**plain.fields, "mirrored": True}  # in float32, as the one beside it
     found = store.features("digits", node=MAP, backbone=mirrored.fingerprint)
-    fp.extract(folder / "mirrored", folder / "other", nodes=[MAP], dtype="float32", **NETWORK)
+    fp.extract(folder / "mirrored", folder / "other", nodes=[MAP], **EXACT, **NETWORK)
     wanted = fp.FeatureStore(folder / "other").features("mirrored", node=MAP)
     assert list(found.ids) == list(wanted.ids)
     np.testing.assert_array_equal(found.read(np.float32), wanted.read(np.float32))
@@ -105,7 +109,7 @@ def test_a_tail_learns_from_both_sides_from_a_store_and_from_images_alike(folder
         **fast,
         "augment": "flip",
         "out": tmp_path / "c",
-        "extraction": {"dtype": "float32"},
+        "extraction": EXACT,
     }
     planned = finetune(folder / "piles", **asked, dry_run=True)
     assert planned["extraction"]["bytes"] == IMAGES * 4 * (2 * 6 * 14 * 14 + 84)
