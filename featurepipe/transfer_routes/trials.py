@@ -442,12 +442,10 @@ def _tuned(
         TuningCheckpoint,
         TuningObjective,
         TuningRun,
-        random_head,
         score_rows,
         tune,
-        with_loss_left,
     )
-    from featurepipe.tuning.runs import MIXES, adopt_best_mix
+    from featurepipe.tuning.runs import MIXES, adopt_best_mix, random_head, with_loss_left
 
     study, is_scratch = context.every, trial.route.kind == SCRATCH
     options = context.options.tuning(trial.route.kind, trial.route.cut)
@@ -504,7 +502,7 @@ def _tuned(
 
 def _exact_head(data: Data, study: Study, fold: Fold, values: Array) -> tuple[Array, Array]:
     """The head on the frozen bottleneck of the images learned from, with their `values`: see `TuningWork.first_head`."""
-    from featurepipe.tuning.loop import unit_of
+    from featurepipe.tuning.runs import unit_of
 
     kind, name = study.protocol.target_type, study.protocol.heads[0]
     one_sided: dict[str, Any] = {"one_sided": "drop"} if kind == "multilabel" else {}

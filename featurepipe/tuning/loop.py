@@ -134,47 +134,6 @@ class TuningObjective:
         return (scores[:, 0] - torch.from_numpy((answers - self.centre) / self.scale).to(scores)) ** 2
 
 
-def unit_of(values: npt.NDArray[np.float32]) -> float:
-    """What features (n, D) are divided by so that their variance is 1 in the mean over the values; 1 if all are constant."""
-    return float(np.sqrt(values.var(axis=0, dtype=np.float64).mean())) or 1.0
-
-
-LEFT = 0.5
-"""Of the loss of a head that knows nothing, what the head that layers are tuned from has at least on the images that train."""
-
-
-def with_loss_left(
-    head: tuple[Floats, Floats], values: npt.NDArray[np.float32], objective: TuningObjective, rows: Rows
-) -> tuple[Floats, Floats]:
-    """A head whose scores are shrunk until something is left to learn from.
-
-    A head that has learned its few images by heart gives gradients next to nothing, and only of the hardest. A factor changes no
-    answer. Squared errors of numbers need none.
-
-    Args:
-        head: Weight (K, D) and bias (K,), in the scores of the objective.
-        values: (m, D), the features of the rows.
-        objective: What is learned.
-        rows: (m,) of the objective.
-    """
-    weight, bias = head
-    if objective.target_type == "continuous":
-        return head
-    scores = (values @ weight.T + bias).astype(np.float32)
-    wanted = LEFT * objective.mean_loss(0 * scores, rows)
-    low, high = 0.0, 1.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (middle, high) if objective.mean_loss(np.float32(middle) * scores, rows) > wanted else (low, middle)
-    return weight * high, bias * high
-
-
-def random_head(outputs: int, width: int, seed: int) -> tuple[Floats, Floats]:
-    """A head (K, D), (K,) that has learned nothing, in the scores of an objective."""
-    weight = np.random.default_rng(seed).uniform(-1, 1, (outputs, width)) / np.sqrt(width)
-    return weight, np.zeros(outputs)
-
-
 State = dict[str, Tensor]
 
 SAVE_SECONDS = 30.0

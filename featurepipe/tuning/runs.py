@@ -1,4 +1,4 @@
-"""The runs of a tuning, one for each cut and seed, mapped by an executor; and the mix of tuned and frozen weights."""
+"""The runs of a tuning, one for each cut and seed, mapped by an executor: the head they start from, and the mix they end in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.progress import show
 from featurepipe.tuning.loop import (
     Examples,
+    Floats,
     LossNotFinite,
     Model,
     Rows,
@@ -41,6 +43,47 @@ if TYPE_CHECKING:
 
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the tuned weights that are tried on the validation images; the rest is the frozen network's."""
+
+
+def unit_of(values: npt.NDArray[np.float32]) -> float:
+    """What features (n, D) are divided by so that their variance is 1 in the mean over the values; 1 if all are constant."""
+    return float(np.sqrt(values.var(axis=0, dtype=np.float64).mean())) or 1.0
+
+
+LEFT = 0.5
+"""Of the loss of a head that knows nothing, what the head that layers are tuned from has at least on the images that train."""
+
+
+def with_loss_left(
+    head: tuple[Floats, Floats], values: npt.NDArray[np.float32], objective: TuningObjective, rows: Rows
+) -> tuple[Floats, Floats]:
+    """A head whose scores are shrunk until something is left to learn from.
+
+    A head that has learned its few images by heart gives gradients next to nothing, and only of the hardest. A factor changes no
+    answer. Squared errors of numbers need none.
+
+    Args:
+        head: Weight (K, D) and bias (K,), in the scores of the objective.
+        values: (m, D), the features of the rows.
+        objective: What is learned.
+        rows: (m,) of the objective.
+    """
+    weight, bias = head
+    if objective.target_type == "continuous":
+        return head
+    scores = (values @ weight.T + bias).astype(np.float32)
+    wanted = LEFT * objective.mean_loss(0 * scores, rows)
+    low, high = 0.0, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if objective.mean_loss(np.float32(middle) * scores, rows) > wanted else (low, middle)
+    return weight * high, bias * high
+
+
+def random_head(outputs: int, width: int, seed: int) -> tuple[Floats, Floats]:
+    """A head (K, D), (K,) that has learned nothing, in the scores of an objective."""
+    weight = np.random.default_rng(seed).uniform(-1, 1, (outputs, width)) / np.sqrt(width)
+    return weight, np.zeros(outputs)
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,22 @@ from featurepipe.tuning.loop import (
     TuningCheckpoint,
     TuningObjective,
     digest_of,
-    random_head,
     score_rows,
-    unit_of,
-    with_loss_left,
 )
 from featurepipe.tuning.options import RANDOM, Schedule, TuneOptions
 from featurepipe.tuning.peers import Peers
-from featurepipe.tuning.runs import MIXES, TunedCut, TunedRun, TuningContext, adopt_best_mix, told_runs, tuned_runs
+from featurepipe.tuning.runs import (
+    MIXES,
+    TunedCut,
+    TunedRun,
+    TuningContext,
+    adopt_best_mix,
+    random_head,
+    told_runs,
+    tuned_runs,
+    unit_of,
+    with_loss_left,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -18,9 +18,9 @@ from featurepipe.errors import UsageError
 from featurepipe.execution.dask import DaskExecutor
 from featurepipe.tuning import loop
 from featurepipe.tuning.finetune import finetune
-from featurepipe.tuning.loop import LossNotFinite, Model, TuningObjective, with_loss_left
+from featurepipe.tuning.loop import LossNotFinite, Model, TuningObjective
 from featurepipe.tuning.options import TuneOptions
-from featurepipe.tuning.runs import MIXES, adopt_best_mix
+from featurepipe.tuning.runs import MIXES, adopt_best_mix, with_loss_left
 
 CUTS = ("s2", "s4")
 FAST: dict[str, Any] = {"epochs": 2, "rate": 3e-3, "silent": True}
