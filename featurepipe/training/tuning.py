@@ -135,7 +135,7 @@ class Search:
         return {"rows": self.rows, "how": self.text, "best": self.params, "trials": [t.as_dict() for t in self.trials]}
 
 
-def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None], climbs: bool = False) -> Search:
+def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None]) -> Search:
     """Tries the family's grid on the task's validation rows or folds.
 
     Args:
@@ -143,17 +143,16 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None],
         recipe: the head; parameters that it sets are not searched.
         jobs: fits at once, where each fits in memory.
         say: told what is tried, and what won.
-        climbs: try values of C that share passes as `climb` does, instead of all.
     """
     start = time.perf_counter()
-    say(f"tuning {recipe.head}: {'at most ' * climbs}{grid_size(recipe)} sets of parameters")
+    say(f"tuning {recipe.head}: {grid_size(recipe)} sets of parameters")
     with refusals(recipe.head):
-        found = _search(task, recipe, jobs, climbs=climbs)
+        found = _search(task, recipe, jobs)
     say(f"tuned in {took(time.perf_counter() - start)}")
     return found
 
 
-def _search(task: Task, recipe: Recipe, jobs: int, *, climbs: bool) -> Search:
+def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
     folds = _thinned(task.folds(recipe.folds), recipe.family.search_rows, task.seed)
     grid = _open_parameters(recipe)
     each: Mapping[str, Sequence[float]] = {}
@@ -161,8 +160,8 @@ def _search(task: Task, recipe: Recipe, jobs: int, *, climbs: bool) -> Search:
         trials, each = _c_for_each_label(task, recipe, folds, grid["C"])
         how = "all in shared passes over the data, the best C chosen for each label"
     elif _shares_passes(task, recipe, folds, grid):
-        trials = _in_shared_passes(task, recipe, folds, grid["C"], climbs=climbs)
-        how = "in shared passes over the data" + (f". {RULE}" if climbs else "")
+        trials = _in_shared_passes(task, recipe, folds, grid["C"])
+        how = "in shared passes over the data"
     else:
         trials, how = _each_by_itself(task, recipe, folds, grid, jobs)
     rows = sum(map(len, folds[0]))
@@ -205,9 +204,7 @@ def _thinned(folds: Sequence[Fold], most: int | None, seed: int) -> list[Fold]:
     return [(train[keep[train]], check[keep[check]]) for train, check in folds]
 
 
-def _in_shared_passes(
-    task: Task, recipe: Recipe, folds: Sequence[Fold], values: Sequence[float], *, climbs: bool
-) -> list[Trial]:
+def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values: Sequence[float]) -> list[Trial]:
     from featurepipe.heads import fit_path
 
     checks = [check for _, check in folds]
@@ -217,31 +214,17 @@ def _in_shared_passes(
     last.set_params(**ROUGH)
     # Scaling and PCA see no label, and of several folds all that train in one of them: then the passes can be shared.
     ready = Pipeline(before).fit_transform(features) if before else features
-    weights = task.weights(rows)
-    trains = [train for train, _ in folds]
-    tried: list[Trial] = []
-
-    def accuracies_of(some: Sequence[float]) -> list[float]:
-        fitted = fit_path(last, ready, features.labels, Cs=some, folds=trains, sample_weight=weights)
-        accuracies = []
-        for path, check in zip(fitted, checks, strict=True):
-            part = task.rows(check)
-            labels = part.labels
-            accuracies.append(
-                [float(np.mean(Pipeline([*before, (name, head)]).predict(part) == labels)) for head in path]
-            )
-        new = [
-            Trial({"C": value}, float(np.mean(each)), tuple(each))
-            for value, each in zip(some, zip(*accuracies, strict=True), strict=True)
-        ]
-        tried.extend(new)
-        return [trial.accuracy for trial in new]
-
-    if climbs:
-        climb(sorted(values), accuracies_of, sum(map(len, checks)))
-    else:
-        accuracies_of(values)
-    return tried
+    trains, weights = [train for train, _ in folds], task.weights(rows)
+    fitted = fit_path(last, ready, features.labels, Cs=values, folds=trains, sample_weight=weights)
+    accuracies = []
+    for path, check in zip(fitted, checks, strict=True):
+        part = task.rows(check)
+        labels = part.labels
+        accuracies.append([float(np.mean(Pipeline([*before, (name, head)]).predict(part) == labels)) for head in path])
+    return [
+        Trial({"C": value}, float(np.mean(each)), tuple(each))
+        for value, each in zip(values, zip(*accuracies, strict=True), strict=True)
+    ]
 
 
 def _c_for_each_label(

@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from featurepipe.errors import Message
 from featurepipe.features.options import KEEP, SourceOptions
-from featurepipe.heads.families import FAMILIES, make_head
-from featurepipe.heads.linear.linear_map import linear_map
 from featurepipe.heads.selection import best_columns, column_scores, kept_count, regression_targets
 from featurepipe.layer_depth.folds import Fold, with_choices
 from featurepipe.layer_depth.probes import Cell, Data, measure_fold
@@ -26,7 +24,6 @@ from featurepipe.store import FeatureStore
 from featurepipe.store.rows import ArrayRows
 from featurepipe.training.options import SHARES
 from featurepipe.training.selection import PATIENCE
-from featurepipe.training.tuning import climb
 from featurepipe.transfer_routes.options import ALL, AS_IT_IS, FROM_IMAGES, SCRATCH, TUNED, RoutesOptions
 from featurepipe.transfer_routes.study import VERSION, RoutesStudy
 
@@ -41,8 +38,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 LEARNED_VERSION = 1
 """Of learning from images: goes up when the same settings would measure something else."""
-START_VERSION = 2
-"""Of the head that pretrained layers are tuned from, and of the rate that is usual; as above."""
+START_VERSIONS = {"multiclass": 2, "multilabel": 3, "continuous": 3}
+"""Of the head that pretrained layers are tuned from, and of the rate that is usual, by the type of target; as above."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +191,7 @@ class RoutesContext:
 
             arguments = self.options.tuning(route.kind, route.cut).arguments()
             more = {"tuning": {name: arguments[name] for name in _DECIDING}, "torch": torch.__version__}
-            more |= {} if route.kind == SCRATCH else {"start_version": START_VERSION}
+            more |= {} if route.kind == SCRATCH else {"start_version": START_VERSIONS[self.options.target_type]}
         if route.kind in FROM_IMAGES:
             more |= {"learned_version": LEARNED_VERSION, "precision": self.read_images.precision}
             more |= {"architecture": self.name} if route.kind == SCRATCH else {}
@@ -445,7 +442,7 @@ def _tuned(
         score_rows,
         tune,
     )
-    from featurepipe.tuning.runs import MIXES, adopt_best_mix, random_head, with_loss_left
+    from featurepipe.tuning.runs import MIXES, adopt_best_mix, exact_head, random_head
 
     study, is_scratch = context.every, trial.route.kind == SCRATCH
     options = context.options.tuning(trial.route.kind, trial.route.cut)
@@ -453,12 +450,15 @@ def _tuned(
     kind = study.protocol.target_type
     weights = None if data.weights is None else np.asarray(data.weights, np.float64)
     objective = TuningObjective.of(kind, data.truth, weights, fold.fit)
+    outputs = len(study.classes) if kind == "multiclass" else data.labels
     if is_scratch:
-        head = random_head(len(study.classes) if kind == "multiclass" else data.labels, body.width, trial.seed)
+        head = random_head(outputs, body.width, trial.seed)
     else:
-        values = data.features.take(fold.fit).read(np.float32)
-        exact = objective.to_scores(*_exact_head(data, study, fold, values))
-        head = with_loss_left(exact, values, objective, fold.fit)
+        rows = fold.train
+        head, _ = exact_head(
+            data.features.take(rows).read(np.float32), rows, objective, fold.fit, fold.choose,
+            outputs=outputs, seed=fold.seed,
+        )  # fmt: skip
     torch.manual_seed(trial.seed)
     model = Model(body, *head)
     before = model.weights()
@@ -498,37 +498,3 @@ def _tuned(
         trial.route.kind, trial.seed, 0, params, measure.contributions(test, data.truth[fold.test]), elsewhere,
         value if np.isfinite(value) else 0.0, 0.0, besides,
     )  # fmt: skip
-
-
-def _exact_head(data: Data, study: Study, fold: Fold, values: Array) -> tuple[Array, Array]:
-    """The head on the frozen bottleneck of the images learned from, with their `values`: see `TuningWork.first_head`."""
-    from featurepipe.tuning.runs import unit_of
-
-    kind, name = study.protocol.target_type, study.protocol.heads[0]
-    one_sided: dict[str, Any] = {"one_sided": "drop"} if kind == "multilabel" else {}
-    unit = unit_of(values)
-    fit, choose = values / unit, data.features.take(fold.choose).read(np.float32) / unit
-
-    def fitted(params: Mapping[str, Any]) -> Any:
-        head = make_head(name, target_type=kind, scale=False, random_state=fold.seed, **one_sided, **params)
-        return head.fit(fit, data.truth[fold.fit], **data.weights_of(fold.fit))
-
-    def values_of(some: Sequence[float]) -> list[float]:
-        said = (data.measure.answers(fitted({"C": C}), choose, data.labels) for C in some)
-        return [float(np.nanmean(data.measure.contributions(answers, data.truth[fold.choose]))) for answers in said]
-
-    if set(grid := FAMILIES[kind][name].grid) == {"C"}:
-        params = {"C": climb(grid["C"], values_of, len(fold.choose), data.measure.error)}
-    else:
-        (cell,) = measure_fold(data, fold, [name])
-        params = dict(cell.params)
-    head = fitted(params)
-    weight, bias = linear_map(head)
-    weight = weight / unit
-    if kind == "continuous" or len(weight) == (data.labels if kind == "multilabel" else len(study.classes)):
-        return weight, bias
-    known = np.asarray(head.classes_, np.int64)  # classes without an image to learn from score lowest
-    of_all = np.zeros((data.labels if kind == "multilabel" else len(study.classes), weight.shape[1]))
-    lowest = np.full(len(of_all), float(bias.min(initial=0.0)) - 10.0)
-    of_all[known], lowest[known] = weight, bias
-    return of_all, lowest

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +20,15 @@ from featurepipe.display import counted
 from featurepipe.errors import Interrupted
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.features.session import NetworkName, alone_on_all_cores, load_network
+from featurepipe.heads import fit_path
+from featurepipe.heads.families import ROUGH, SMALL_VALUES, family_for, make_head
+from featurepipe.heads.linear.linear_map import linear_map
+from featurepipe.heads.multilabel import tune_labels
 from featurepipe.interrupt import StopRequest
 from featurepipe.progress import show
+from featurepipe.training.fit import refusals, threads_for
+from featurepipe.training.options import DEFAULT_HEADS
+from featurepipe.training.tuning import climb
 from featurepipe.tuning.loop import (
     Examples,
     Floats,
@@ -78,6 +86,98 @@ def with_loss_left(
         middle = (low + high) / 2
         low, high = (middle, high) if objective.mean_loss(np.float32(middle) * scores, rows) > wanted else (low, middle)
     return weight * high, bias * high
+
+
+def exact_head(
+    values: npt.NDArray[np.float32], rows: Rows, objective: TuningObjective, train: Rows, validation: Rows,
+    *, outputs: int, seed: int, memory: int | None = None,
+) -> tuple[tuple[Floats, Floats], dict[str, Any]]:  # fmt: skip
+    """The head of LP-FT: exact on the frozen bottleneck, its penalty chosen on validation rows, but for a factor.
+
+    Values are not standardised, but divided by one number: of a value that hardly varies a standardised head takes a large
+    multiple, and then the first steps of tuning change that value most. The factor is that of `with_loss_left`.
+
+    Args:
+        values: (m, D), the frozen bottleneck features of some rows.
+        rows: (m,) which rows of the objective these are, ascending; those that train and validate are among them.
+        objective: What is learned.
+        train: Rows that the head is fitted on.
+        validation: Rows that its penalty is chosen by: of classes one C, tried as `featurepipe.training.tuning.climb` does; of
+            several labels the C of each; of numbers one alpha.
+        outputs: Classes or labels; 1 for a number.
+        seed: Of the solver.
+        memory: Bytes that a fit may take; above that, as with many values, it works in blocks. None for no bound.
+
+    Returns:
+        Weight (outputs, D) and bias (outputs,), in the scores of the objective; a class or label that the head could not learn
+        scores lowest. And the parameters that were chosen.
+
+    Raises:
+        UsageError: The rows cannot be learned from.
+    """
+    kind, name = objective.target_type, DEFAULT_HEADS[objective.target_type]
+    family = family_for(name, kind)
+    fit, choose = np.searchsorted(rows, train), np.searchsorted(rows, validation)
+    unit = unit_of(values[fit])
+    weights = None if objective.weights is None else objective.weights[rows]
+    data = _HeadRows(kind, values / unit, objective.answers[rows], weights, fit, choose)
+    size = len(fit) * values.shape[1]
+    in_blocks = size > SMALL_VALUES or (memory is not None and size * family.bytes_per_value > memory)
+    one_sided: dict[str, Any] = {"one_sided": "drop"} if kind == "multilabel" else {}
+    make = partial(
+        make_head, name, target_type=kind, scale=False, random_state=seed, out_of_core=in_blocks, memory=memory, **one_sided
+    )  # fmt: skip
+    with refusals(name), threads_for(values.shape), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "left out", UserWarning)  # labels of one side; scored lowest below
+        params = _penalty(make, family.grid, data, objective.error, in_blocks=in_blocks)
+        head = make(**params).fit(**data.given())
+    weight, bias = linear_map(head)
+    if len(weight) < outputs:
+        known, few, low = np.asarray(head.classes_, np.int64), weight, bias
+        weight, bias = np.zeros((outputs, few.shape[1])), np.full(outputs, float(low.min(initial=0.0)) - 10.0)
+        weight[known], bias[known] = few, low
+    return with_loss_left(objective.to_scores(weight / unit, bias), values[fit], objective, train), params
+
+
+@dataclass(frozen=True)
+class _HeadRows:
+    """What a head is fitted on, and its penalty chosen by: values (m, D), answers and weights of rows, and places in these."""
+
+    kind: str
+    values: npt.NDArray[np.float32]
+    answers: npt.NDArray[Any]
+    weights: Floats | None
+    fit: Rows
+    choose: Rows
+
+    def given(self) -> dict[str, Any]:
+        """What is learned from, as arguments of a fit."""
+        weights = None if self.weights is None else self.weights[self.fit]
+        return {"X": self.values[self.fit], "y": self.answers[self.fit], "sample_weight": weights}
+
+
+def _penalty(
+    make: Callable[..., Any], grid: Mapping[str, Sequence[Any]], data: _HeadRows, error: Callable[[float, int], float],
+    *, in_blocks: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The parameters of the grid that do best on the rows that choose; of equals the first."""
+    if data.kind == "multilabel":
+        folds = [(data.fit, data.choose)]
+        found = tune_labels(make(), data.values, data.answers, Cs=grid["C"], folds=folds, sample_weight=data.weights)
+        return {"C": found.C.tolist()}
+    learn, others, truth = data.given(), data.values[data.choose], data.answers[data.choose]
+    if data.kind == "continuous":
+        guesses = {alpha: make(alpha=alpha).fit(**learn).predict(others) for alpha in grid["alpha"]}
+        return {"alpha": min(guesses, key=lambda alpha: float(((guesses[alpha] - truth) ** 2).mean()))}
+
+    def accuracies(Cs: Sequence[float]) -> list[float]:
+        if in_blocks:  # in shared passes
+            (heads,) = fit_path(make(**ROUGH), **learn, Cs=Cs)
+        else:
+            heads = [make(C=C).fit(**learn) for C in Cs]
+        return [float((head.predict(others) == truth).mean()) for head in heads]
+
+    return {"C": climb(grid["C"], accuracies, len(truth), error)}
 
 
 def random_head(outputs: int, width: int, seed: int) -> tuple[Floats, Floats]:

@@ -27,16 +27,17 @@ from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.features.session import NetworkName, identity_of
 from featurepipe.features.settings import Settings
-from featurepipe.heads.linear.linear_map import head_of_map, linear_map
+from featurepipe.heads.linear.linear_map import head_of_map
 from featurepipe.interrupt import StopRequest
 from featurepipe.option_groups import as_asked, declared
+from featurepipe.progress import took
 from featurepipe.store import FeatureStore, Space, fingerprint
 from featurepipe.store.choice import is_mirrored
 from featurepipe.store.options import LabelsOption, RoleOptions
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.space import canonical_json
 from featurepipe.store.views import FeatureSet
-from featurepipe.training.fit import HeldOut, calibrate, fit, interval_of, labels_calibrated
+from featurepipe.training.fit import HeldOut, calibrate, interval_of, labels_calibrated
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions
 from featurepipe.training.publish import Inputs, Network, publish, rows_learned, weights_learned, why_train
 from featurepipe.training.settle import settle_rows
@@ -44,7 +45,6 @@ from featurepipe.training.splits import Division
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.text import mix_text
 from featurepipe.training.train import UNCHANGED, labels_name, roles_asked
-from featurepipe.training.tuning import search
 from featurepipe.tuning.activations import step_seconds
 from featurepipe.tuning.loop import (
     Examples,
@@ -63,11 +63,10 @@ from featurepipe.tuning.runs import (
     TunedRun,
     TuningContext,
     adopt_best_mix,
+    exact_head,
     random_head,
     told_runs,
     tuned_runs,
-    unit_of,
-    with_loss_left,
 )
 
 if TYPE_CHECKING:
@@ -138,25 +137,21 @@ class TuningWork(ABC):
         """What is tuned, as JSON values."""
 
     def first_head(self, say: Callable[[str], None]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The affine map to begin with: exact on the frozen bottleneck, but for a factor (see `with_loss_left`); or random.
-
-        Values are not standardised, but divided by one number: of a value that hardly varies a standardised head takes a large
-        multiple, and then the first steps of tuning change that value most.
-        """
+        """The affine map to begin with, in the unit of the target: exact on the frozen bottleneck (`exact_head`), or random."""
         if not self.is_scratch:
             self.leave_out(self.fill_frozen(self.learned_from), say)
         if self.begins_random:
             head = random_head(max(1, len(self.task.classes)), self.body.width, self.options.seed)
             return self.objective.to_target(*head)
-        division = self.task.division
-        values = self.task.features.read(np.float32)
-        unit = unit_of(values[division.train])
-        rows = ArrayRows(self.task.features.columns, values / unit, np.arange(len(values)))
-        task = replace(self.task, features=replace(self.task.features, rows=rows))
-        self.recipe = self.recipe.with_params(search(task, self.recipe, jobs=1, say=say, climbs=True).params)
-        weight, bias = linear_map(fit(task, self.recipe, division.train, say))
-        head = self.objective.to_scores(weight / unit, bias)
-        return self.objective.to_target(*with_loss_left(head, values[division.train], self.objective, division.train))
+        rows, division, start = self.learned_from, self.task.division, time.perf_counter()
+        say(f"fitting the head to begin with, {self.recipe.head}: its penalty is chosen on validation images")
+        head, params = exact_head(
+            self.task.features.read(np.float32, rows=rows), rows, self.objective, division.train, division.validation,
+            outputs=max(1, len(self.task.classes)), seed=self.recipe.seed, memory=self.task.cost.budget_bytes,
+        )  # fmt: skip
+        say(f"fitted {self.recipe.head} on {len(division.train):,} images in {took(time.perf_counter() - start)}")
+        self.recipe = self.recipe.with_params(params)
+        return self.objective.to_target(*head)
 
     def fill(self, body: torch.nn.Module, rows: Rows) -> Rows:
         """Computes bottleneck features of some rows of the task; returns those that could not be read."""

@@ -170,32 +170,6 @@ def test_shared_passes_find_what_single_fits_find(split_zoo, run, monkeypatch):
         assert trial["accuracy"] == pytest.approx(np.mean(single), abs=0.012)  # two of 180 images near a boundary
 
 
-def test_a_climb_in_shared_passes_leaves_out_what_comes_after_a_fall(split_zoo, monkeypatch):
-    """Its trials are the first of all trials, and end with the fall."""
-    monkeypatch.setattr("featurepipe.training.cost.SMALL_VALUES", 0)
-    monkeypatch.setattr("featurepipe.training.tuning.SMALL_VALUES", 0)
-    monkeypatch.setattr("featurepipe.training.tuning.error_of_a_share", lambda *_: -1e-9)  # equal is worse
-    from featurepipe.progress import announcer
-    from featurepipe.training.options import TrainOptions
-    from featurepipe.training.settle import settle
-    from featurepipe.training.task import Recipe
-    from featurepipe.training.tuning import search
-
-    recipe, said = Recipe("logistic", {}), []
-    task = settle(
-        split_zoo.store, recipe, TrainOptions(nodes=tuple(NODES), calibration=False, tune=True), say=announcer(silent=True)
-    )  # fmt: skip
-    every = search(task, recipe, jobs=1, say=said.append)
-    some = search(task, recipe, jobs=1, say=said.append, climbs=True)
-    assert said[2] == said[0].replace(": ", ": at most ")
-    tried = [trial.accuracy for trial in some.trials]
-    assert 3 <= len(tried) < len(every.trials)
-    assert tried == pytest.approx([trial.accuracy for trial in every.trials[: len(tried)]], abs=0.006)
-    assert len(tried) == 3 or tried[-1] <= max(tried[:-1])
-    assert some.best.accuracy == max(tried)
-    assert "3 at least" in some.text
-
-
 def test_a_dry_run_tells_and_writes_nothing(split_zoo, run, tmp_path):
     record = run(split_zoo, dry_run=True, tune=True)
     assert record["counts"]["train"] == 180

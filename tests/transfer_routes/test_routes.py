@@ -14,16 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 
 import featurepipe as fp
 from featurepipe.backbones import load_backbone
 from featurepipe.cli import main
 from featurepipe.errors import DiskFull, UsageError
 from featurepipe.execution.executor import Worker
-from featurepipe.layer_depth.folds import Fold
 from featurepipe.layer_depth.measure import Timing
-from featurepipe.layer_depth.probes import Data
 from featurepipe.reporting.report import write_report
 from featurepipe.store import FeatureStore
 from featurepipe.transfer_routes import measure, routes, similarity, trials
@@ -31,7 +28,6 @@ from featurepipe.transfer_routes.answers import plan_text, text
 from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.transfer_routes.similarity import layer_distances
 from featurepipe.transfer_routes.study import _ranked
-from featurepipe.transfer_routes.trials import _exact_head
 
 NETWORK: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "cuts": "s2", "nodes": ["s4:gap", "bottleneck"]}
 TAKEN = ("bottleneck", "node", "layers", "tail from s2", "scratch")
@@ -412,29 +408,3 @@ def test_options_say_what_is_wrong() -> None:
     assert RoutesOptions().kinds == ("as-it-is", "bottleneck", "node", "layers", "tail", "full", "scratch")
     with pytest.raises(UsageError, match="names a size twice"):
         RoutesOptions(sizes=(5, 5))
-
-
-def test_the_exact_head_that_layers_are_tuned_from_is_fitted_on_values_in_one_unit() -> None:
-    """Not standardised: one value hardly varies and tells nothing, so its weight is small."""
-    rng = np.random.default_rng(5)
-    codes = np.arange(400) % 2
-    values = rng.normal(size=(400, 60)).astype(np.float32)
-    values[:, :20] += 0.5 * codes[:, None]
-    values[:, 59] *= 1e-4
-    values *= 30
-    features = SimpleNamespace(take=lambda some: SimpleNamespace(read=lambda _dtype: values[some]))
-    fold = Fold(0, 0, np.arange(100), np.arange(100, 200), np.arange(200, 400))
-    study = SimpleNamespace(protocol=SimpleNamespace(target_type="multiclass", heads=("logistic",)), classes=("a", "b"))
-    weight, bias = _exact_head(Data(features, codes, None, np.empty(0, np.int64)), study, fold, values[:100])  # type: ignore[arg-type]
-    unit = np.sqrt(values[:100].var(axis=0).mean())
-
-    def fitted(C: float) -> Any:
-        return LogisticRegression(C=C, max_iter=1000).fit(values[:100] / unit, codes[:100])
-
-    accuracies = {C: fitted(C).score(values[100:200] / unit, codes[100:200]) for C in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
-    best = max(accuracies, key=lambda C: accuracies[C])
-    scores = values[200:].astype(np.float64) @ weight.T + bias
-    assert scores[:, 1] - scores[:, 0] == pytest.approx(
-        fitted(best).decision_function(values[200:] / unit), rel=1e-3, abs=1e-3
-    )
-    assert np.abs(weight[:, 59]).max() < 0.01 * np.abs(weight[:, :20]).max()

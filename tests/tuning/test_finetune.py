@@ -249,7 +249,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, store, tmp_pa
     assert (tmp_path / "parts.tuning" / "run-0.pt").is_file()
     assert not (tmp_path / "parts").exists()
     with monkeypatch.context() as patched:  # its search may have taken longer than all that the run did since
-        patched.setattr(work, "search", lambda *_, **__: pytest.fail("the head was searched for again"))
+        patched.setattr(work, "exact_head", lambda *_, **__: pytest.fail("the head was searched for again"))
         again = finetune(store, from_node=CUT, out=tmp_path / "parts", **FAST)
     scores = [[entry["score"] for entry in found["tuning"]["runs"][0]["history"]] for found in (whole, again)]
     assert scores[0] == scores[1]
@@ -294,6 +294,7 @@ def test_numbers_and_several_labels_are_tuned_too(piles, store, tmp_path) -> Non
     labels = finetune(store, from_node=CUT, out=tmp_path / "labels", labels=table, multilabel="tags", **FAST)
     assert labels["tuning"]["measure"] == "mAP"
     assert labels["test"]["map"]["value"] > 0.9
+    assert (list(number["params"]), len(labels["params"]["C"])) == (["alpha"], 2)
     bundle = read_bundle(tmp_path / "labels")
     assert bundle.classes == ("large", "odd")
     assert bundle.target_type == "multilabel"

@@ -11,16 +11,18 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 import featurepipe as fp
 from featurepipe.errors import UsageError
 from featurepipe.execution.dask import DaskExecutor
-from featurepipe.tuning import loop
+from featurepipe.heads.statistics.multilabel import average_precisions
+from featurepipe.tuning import loop, runs
 from featurepipe.tuning.finetune import finetune
 from featurepipe.tuning.loop import LossNotFinite, Model, TuningObjective
 from featurepipe.tuning.options import TuneOptions
-from featurepipe.tuning.runs import MIXES, adopt_best_mix, with_loss_left
+from featurepipe.tuning.runs import MIXES, adopt_best_mix, exact_head, with_loss_left
 
 CUTS = ("s2", "s4")
 FAST: dict[str, Any] = {"epochs": 2, "rate": 3e-3, "silent": True}
@@ -205,3 +207,89 @@ def test_a_head_to_tune_from_has_half_of_the_loss_left_and_the_same_answers(targ
     assert scores == pytest.approx(after * (weight[0, 0] / found[0, 0]), rel=1e-4, abs=1e-3)
     again, _ = with_loss_left((found / 2, offset / 2), values, objective, rows)
     assert again == pytest.approx(found / 2)  # more than half is left: it stays
+
+
+STRENGTHS = [10.0**power for power in range(-4, 3)]
+
+
+def noisy(answers: Any, *, width: int = 60) -> np.ndarray:
+    """Features of which twenty tell a little of the first answer, and the last hardly varies."""
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=(len(answers), width)).astype(np.float32)
+    values[:, :20] += 0.5 * np.asarray(answers, np.float32)[:, None]
+    values[:, -1] *= 1e-4
+    return 30 * values
+
+
+FIT, CHOOSE, TEST = np.arange(0, 200, 2), np.arange(1, 200, 2), slice(200, 400)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_the_exact_head_is_fitted_on_values_in_one_unit(in_blocks: bool, monkeypatch) -> None:
+    """Not standardised: one value hardly varies and tells nothing, so its weight is small."""
+    monkeypatch.setattr(runs, "SMALL_VALUES", 0 if in_blocks else 10**9)
+    codes = np.arange(400) // 2 % 2
+    values = noisy(codes)
+    objective, pool = TuningObjective("multiclass", codes), np.arange(200)
+    (weight, bias), params = exact_head(values[pool], pool, objective, FIT, CHOOSE, outputs=3, seed=0)
+    unit = np.sqrt(values[FIT].var(axis=0).mean())
+
+    def fitted(C: float) -> Any:
+        return LogisticRegression(C=C, max_iter=1000, tol=1e-6).fit(values[FIT] / unit, codes[FIT])
+
+    accuracies = {C: fitted(C).score(values[CHOOSE] / unit, codes[CHOOSE]) for C in STRENGTHS[:5]}
+    best = max(accuracies, key=lambda C: accuracies[C])
+    assert params == {"C": best}
+    scores = values[TEST].astype(np.float64) @ weight.T + bias
+    expected = fitted(best).decision_function(values[TEST] / unit)
+    found = scores[:, 1] - scores[:, 0]
+    factor = float(found @ expected / (expected @ expected))  # of `with_loss_left`
+    assert 0 < factor <= 1
+    assert found == pytest.approx(factor * expected, rel=0.02, abs=0.02 * factor)
+    assert np.abs(weight[:, 59]).max() < 0.01 * np.abs(weight[:, :20]).max()
+    assert (scores[:, 2] < scores[:, :2].min(1)).all()  # a class that no row has
+
+
+def test_of_several_labels_each_has_a_penalty_and_one_that_no_row_has_scores_lowest() -> None:
+    codes = np.arange(400) // 2 % 2
+    labels = np.stack([codes, np.random.default_rng(1).integers(0, 2, 400), np.zeros(400)], axis=1).astype(np.float32)
+    labels[5, 0] = np.nan
+    values = noisy(codes)
+    objective, pool = TuningObjective("multilabel", labels), np.arange(200)
+    (weight, bias), params = exact_head(values[pool], pool, objective, FIT, CHOOSE, outputs=3, seed=0)
+    assert len(params["C"]) == 3
+    unit = np.sqrt(values[FIT].var(axis=0).mean())
+    known = FIT[~np.isnan(labels[FIT, 0])]
+
+    def precision(C: float) -> float:
+        head = LogisticRegression(C=C, max_iter=5000, tol=1e-6).fit(values[known] / unit, labels[known, 0])
+        chosen = CHOOSE[~np.isnan(labels[CHOOSE, 0])]
+        return float(average_precisions(head.decision_function(values[chosen] / unit)[:, None], labels[chosen, :1])[0])
+
+    precisions = {C: precision(C) for C in STRENGTHS}
+    assert precisions[params["C"][0]] == pytest.approx(max(precisions.values()), abs=0.005)
+    scores = values[TEST].astype(np.float64) @ weight.T + bias
+    assert average_precisions(scores[:, :1], labels[TEST, :1])[0] > 0.8
+    assert not weight[2].any()
+    assert bias[2] < bias[:2].min()
+
+
+def test_of_numbers_the_penalty_with_the_least_error_is_taken() -> None:
+    rng = np.random.default_rng(2)
+    numbers = rng.normal(size=400)
+    values = noisy(numbers)
+    objective, pool = TuningObjective.of("continuous", numbers, None, FIT), np.arange(200)
+    head, params = exact_head(values[pool], pool, objective, FIT, CHOOSE, outputs=1, seed=0)
+    unit = np.sqrt(values[FIT].var(axis=0).mean())
+    fitted = {
+        alpha: Ridge(alpha=alpha).fit(values[FIT].astype(np.float64) / unit, numbers[FIT])
+        for alpha in (10.0**power for power in range(-2, 6))
+    }
+    errors = {
+        alpha: np.mean((one.predict(values[CHOOSE] / unit) - numbers[CHOOSE]) ** 2) for alpha, one in fitted.items()
+    }
+    best = min(errors, key=lambda alpha: errors[alpha])
+    assert params == {"alpha": best}
+    weight, bias = objective.to_target(*head)
+    expected = fitted[best].predict(values[TEST].astype(np.float64) / unit)
+    assert (values[TEST] @ weight.T + bias)[:, 0] == pytest.approx(expected, abs=1e-4)
