@@ -76,16 +76,21 @@ def with_loss_left(
         objective: What is learned.
         rows: (m,) of the objective.
     """
-    weight, bias = head
+    from scipy.optimize import brentq
+
     if objective.target_type == "continuous":
         return head
+    weight, bias = head
     scores = (values @ weight.T + bias).astype(np.float32)
     wanted = LEFT * objective.mean_loss(0 * scores, rows)
-    low, high = 0.0, 1.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (middle, high) if objective.mean_loss(np.float32(middle) * scores, rows) > wanted else (low, middle)
-    return weight * high, bias * high
+
+    def too_much(factor: float) -> float:
+        return objective.mean_loss(np.float32(factor) * scores, rows) - wanted
+
+    if not too_much(1.0) < 0:
+        return head
+    factor = brentq(too_much, 0.0, 1.0, xtol=1e-6)
+    return weight * factor, bias * factor
 
 
 def exact_head(
