@@ -461,7 +461,7 @@ def adopt_best_mix(
         shares: Of the tuned weights, to try.
         examples: The inputs by row.
         objective: What scores.
-        rows: That choose.
+        rows: That choose, as far as they can be read.
 
     Returns:
         The mix that was taken, of equal ones the one nearer to the frozen network; and all.
@@ -472,7 +472,7 @@ def adopt_best_mix(
         scores, read = score_rows(model, examples, rows)
         mixes.append(Mix(share, objective.score(scores, read), objective.sharpened_loss(scores, read)))
     top = max(mix.score for mix in mixes)
-    near = [mix for mix in mixes if mix.score >= top - objective.error(top, len(rows))]
+    near = [mix for mix in mixes if mix.score >= top - objective.error(top, len(read))]
     best = min(near, key=lambda mix: (round(mix.loss, 4), mix.share))
     model.adopt(mixed(frozen, tuned, best.share))
     return best, mixes

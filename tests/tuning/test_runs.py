@@ -188,6 +188,28 @@ def test_of_mixes_that_few_rows_cannot_tell_apart_the_one_of_least_loss_is_kept(
     assert ([mix.score for mix in mixes], kept.share) == ([1.0, 0.0], 0)
 
 
+def test_the_standard_error_of_a_mix_is_that_of_the_rows_that_could_be_read() -> None:
+    """Two of four right are no better than one of four; of a hundred they would be."""
+    model = Model(nn.Identity(), np.array([[0.0], [10.0]]), np.zeros(2))  # type: ignore[arg-type]
+    frozen = {"head.weight": torch.tensor([[0.0], [10.0]]), "head.bias": torch.zeros(2)}
+    tuned = {
+        "head.weight": torch.zeros(2, 1),
+        "head.bias": torch.tensor([0.0, 1e-3]),
+    }  # sure of nothing: the lower loss
+    inputs, answers = np.array([1.0, 1.0, -1.0, 1.0], np.float32), np.zeros(100, np.int64)
+    answers[0] = 1
+
+    class FourOfThem:
+        scored = 100
+
+        def batches(self, parts: Any, draw: Any = None) -> Any:
+            return ((torch.from_numpy(inputs)[:, None], part[:4]) for part in parts)
+
+    objective, rows = TuningObjective("multiclass", answers), np.arange(100)
+    kept, mixes = adopt_best_mix(model, frozen, tuned, (0.0, 1.0), FourOfThem(), objective, rows)  # type: ignore[arg-type]
+    assert ([mix.score for mix in mixes], kept.share) == ([0.5, 0.25], 1)
+
+
 @pytest.mark.parametrize("target_type", ["multiclass", "multilabel", "continuous"])
 def test_a_head_to_tune_from_has_half_of_the_loss_left_and_the_same_answers(target_type: str) -> None:
     rng = np.random.default_rng(0)
