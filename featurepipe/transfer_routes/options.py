@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.extraction.limits import seconds_at_most
 from featurepipe.layer_depth.options import OtherSourceOption, StoreOption
 from featurepipe.option_groups import at_least, by_commas, file_or_kind, not_empty, option
@@ -29,6 +29,8 @@ TUNED = (TAIL, *FROM_IMAGES)
 ALL = "all"
 """In place of a size: every training image."""
 AUTO = "auto"
+NO_CLASSES = "the network's own classes exclude one another, and are neither numbers nor several labels"
+"""Why the network as it is does not serve them."""
 MAX_WIDTH = 2500
 """Values per image of a frozen node: many heads are fitted to choose one."""
 
@@ -58,6 +60,11 @@ def _routes(given: Any) -> str | None:
         if route not in ROUTES:
             raise unknown("route", str(route), ROUTES, see="featurepipe routes --help")
     return "must name each route once, and at least one" if not given or len(set(given)) < len(given) else None
+
+
+def cannot_be_taken(route: str, why: str) -> UsageError:
+    """Builds the error for a route that was asked for by name."""
+    return UsageError(Message(f"the route {route} cannot be taken: ", why, ". Leave it out of ", Option("routes")))
 
 
 _TUNING = ("epochs", "rate", "batch_size")
@@ -112,6 +119,8 @@ class RoutesOptions(RoleOptions):
         super().__post_init__()
         if self.budget is not None and self.budget <= 0:
             raise UsageError(f"a budget of {self.budget:g} s leaves no time to measure", option="budget")
+        if self.routes is not None and AS_IT_IS in self.routes and self.target_type != "multiclass":
+            raise cannot_be_taken(AS_IT_IS, NO_CLASSES)
         _ = self.tuning(TAIL)
 
     @property

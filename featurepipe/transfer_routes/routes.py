@@ -64,10 +64,12 @@ from featurepipe.transfer_routes.options import (
     FROM_IMAGES,
     FULL,
     LAYERS,
+    NO_CLASSES,
     NODE,
     SCRATCH,
     TAIL,
     RoutesOptions,
+    cannot_be_taken,
 )
 from featurepipe.transfer_routes.similarity import similarity, source_options
 from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
@@ -195,7 +197,7 @@ def routes(
     layers = DepthOptions(max_width=max_width, **RoleOptions.of(options).arguments())
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code)
     with executor_on(None if dry_run else cluster, say=say) as executor:
-        plan = _planned(wanted, options, labels, extraction or {})
+        plan = _planned(wanted, options, labels, extraction or {}, Silent().say if dry_run else say)
         arguments = {**(extraction or {}), "cluster": executor}
         if dry_run:
             return _outlook(extracted(plan.wanted, dict(arguments), dry_run=True, say=say), plan, options)
@@ -383,6 +385,7 @@ class _Plan:
         bottleneck: the column of the bottleneck.
         cuts: the column of the activations at each cut.
         unable: routes that cannot be taken, and why.
+        say: told of these, too.
         blocks: values of an image in the column of each block.
         lacking: columns of blocks that the store does not have.
     """
@@ -391,20 +394,20 @@ class _Plan:
     bottleneck: str
     cuts: dict[str, str]
     unable: dict[str, str]
+    say: Callable[[str], None]
     blocks: dict[str, int] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
 
     def refuse(self, kind: str, why: str, options: RoutesOptions) -> None:
-        """Leaves a route out, and keeps why; one that was asked for by name is an error.
+        """Leaves a route out, keeps and says why; one that was asked for by name is an error.
 
         Raises:
             UsageError: It was.
         """
         if options.routes is not None:
-            raise UsageError(
-                Message(f"the route {kind} cannot be taken: ", why, ". Leave it out of ", Option("routes"))
-            )
+            raise cannot_be_taken(kind, why)
         self.unable[kind] = why
+        self.say(f"without the route {kind}: {why}")
 
 
 def _network_name(wanted: Wanted) -> str:
@@ -414,7 +417,9 @@ def _network_name(wanted: Wanted) -> str:
     return network_for(store, wanted.backbone, wanted.weights, Silent().say)  # the extraction says which
 
 
-def _planned(wanted: Wanted, options: RoutesOptions, labels: Any, extraction: Mapping[str, Any]) -> _Plan:
+def _planned(
+    wanted: Wanted, options: RoutesOptions, labels: Any, extraction: Mapping[str, Any], say: Callable[[str], None]
+) -> _Plan:
     """Which columns of which nodes are read, of a store those that it has."""
     held: Mapping[str, Any] | None = None
     if is_store(wanted.source):
@@ -427,7 +432,7 @@ def _planned(wanted: Wanted, options: RoutesOptions, labels: Any, extraction: Ma
     else:
         network, every = load_backbone(_network_name(wanted), wanted.weights), [AUTO]
     (bottleneck,) = map(str, network.columns(["bottleneck"]))
-    plan = _Plan(wanted, bottleneck, {}, {})
+    plan = _Plan(wanted, bottleneck, {}, {}, say)
     if held is not None and bottleneck not in held:
         raise UsageError(
             f"{kept.path} has no {bottleneck}, the bottleneck of {network.name}, which every route reads; it has "
@@ -438,6 +443,8 @@ def _planned(wanted: Wanted, options: RoutesOptions, labels: Any, extraction: Ma
     if asked == [AUTO]:
         some = _few(some)
     names = list(dict.fromkeys([*(column.column for column in some), bottleneck]))
+    if AS_IT_IS in options.kinds and options.target_type != "multiclass":
+        plan.refuse(AS_IT_IS, NO_CLASSES, options)
     if TAIL in options.kinds:
         _plan_cuts(plan, network, options, held)
     if LAYERS in options.kinds:
@@ -682,8 +689,6 @@ def _unmatched(network: Backbone, labels: list[str]) -> Message:
 
 def _places(network: Backbone, study: RoutesStudy, options: RoutesOptions) -> tuple[Any, str | Message]:
     """Which label each of the network's own classes means, (K,) with -1 for none; or None, and why."""
-    if options.target_type != "multiclass":
-        return None, "the network's own classes exclude one another, and are neither numbers nor several labels"
     try:
         own = OwnClassifier.of_network(network)
     except FeaturepipeError as error:

@@ -249,6 +249,28 @@ def test_own_classes_that_no_label_names_are_refused_before_images_are_computed(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("kind", [{"target": "value"}, {"multilabel": "tags"}])
+def test_numbers_and_several_labels_are_told_at_once_that_own_classes_do_not_serve(
+    piles: Path,
+    tmp_path: Path,
+    kind: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given: dict[str, Any] = {**NETWORK, "labels": piles.parent / "table.csv", **kind}
+    with pytest.raises(UsageError, match=r"the route as-it-is cannot be taken: .* neither numbers nor several labels"):
+        fp.routes(piles, tmp_path / "store", routes="as-it-is,bottleneck", **given)
+    planned = fp.routes(piles, tmp_path / "store", dry_run=True, silent=True, **given)
+    assert planned["routes"] == [*TAKEN]
+    assert "no result: as-it-is: the network's own classes exclude one another" in plan_text(planned)
+    assert not (tmp_path / "store").exists()
+    monkeypatch.setattr(routes, "extracted", lambda *_, **__: pytest.fail("computed"))
+    capsys.readouterr()
+    with pytest.raises(pytest.fail.Exception, match="computed"):
+        fp.routes(piles, tmp_path / "store", **given)
+    assert "without the route as-it-is: the network's own classes" in capsys.readouterr().err
+
+
 def test_an_image_that_cannot_be_used_is_said_and_changes_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
