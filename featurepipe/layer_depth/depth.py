@@ -261,7 +261,7 @@ def _measurements(found: Extracted, protocol: Protocol) -> int:
 
 def _plan(found: Extracted, protocol: Protocol, options: DepthOptions) -> dict[str, Any]:
     """What a dry run says: columns, what is extracted, and each phase after that with the time that it may take."""
-    images, classes = _counted(found)
+    images, classes = found.counted()
     cells = (protocol.folds or 1) * protocol.seeds
     joined = SETS * cells if len(found.columns) > 1 else 0
     return {
@@ -272,14 +272,6 @@ def _plan(found: Extracted, protocol: Protocol, options: DepthOptions) -> dict[s
         "seconds": _outlook(found, protocol, options, images, classes),
         "protocol": protocol.text,
     }
-
-
-def _counted(found: Extracted) -> tuple[int, int]:
-    """How many images and classes there are, as far as a dry run knows."""
-    if found.is_held:
-        images = found.store.features(found.dataset, node=found.columns[0].column, backbone=found.spaces[PRETRAINED])
-        return len(images), len(images.classes)
-    return int(found.records[0]["listed"]), int(found.records[0]["listing"]["classes"])
 
 
 def _outlook(

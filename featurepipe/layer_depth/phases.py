@@ -67,17 +67,23 @@ class Phases:
         self.seconds[name] = time.perf_counter() - start
 
 
-def fit_seconds(rows: int, width: int, classes: int) -> float:
+def divisions_of(rows: int) -> int:
+    """How many divisions of so many training images choose a head's parameters; see `with_choices` of the folds."""
+    return min(CHOOSING, -(-ENOUGH_TO_CHOOSE // max(1, rows // CHOOSING)))
+
+
+def fit_seconds(rows: int, width: int, classes: int, *, divisions: int | None = None) -> float:
     """About how long a logistic head takes on one column and fold, on one core: every C on every division, and the last fit.
 
     Args:
         rows: training images.
         width: values of an image; a head on more than there are images works in the span of these.
         classes: to tell apart.
+        divisions: of the training images; None for as many as depth takes.
     """
-    divisions = 1 + min(CHOOSING, -(-ENOUGH_TO_CHOOSE // max(1, rows // CHOOSING)))
     values = classes * rows * min(rows, width)
-    return divisions * (0.25 + 4e-4 * math.sqrt(values) + 2e-8 * values)  # of Fashion-MNIST, 100 to 2,000 images
+    fits = 1 + (divisions_of(rows) if divisions is None else divisions)
+    return fits * (0.25 + 4e-4 * math.sqrt(values) + 2e-8 * values)  # of Fashion-MNIST, 100 to 2,000 images
 
 
 def outlook(

@@ -156,6 +156,13 @@ class Extracted:
             "max_width": options.max_width,
         }
 
+    def counted(self) -> tuple[int, int]:
+        """How many images and classes there are, as far as a dry run knows; labels of one's own are joined later."""
+        if self.is_held:
+            images = self.store.features(self.dataset, self.columns[0].column, self.spaces[PRETRAINED])
+            return len(images), len(images.classes)
+        return int(self.records[0]["listed"]), int(self.records[0]["listing"]["classes"])
+
     def plan(self) -> dict[str, Any]:
         """What a dry run says."""
         return {

@@ -17,7 +17,7 @@ from featurepipe.heads.statistics.comparison import AccuracyEstimate, cheapest_w
 from featurepipe.layer_depth import answers as of_layers
 from featurepipe.layer_depth.answers import SHIFTED, SOURCE
 from featurepipe.layer_depth.text import extraction_lines
-from featurepipe.progress import took
+from featurepipe.progress import spoken, took
 from featurepipe.reporting.blocks import measure_of, with_values
 from featurepipe.transfer_routes.measure import OVER_BUDGET, MeasuredRoute, Untried
 from featurepipe.transfer_routes.options import AS_IT_IS, ROUTES, SCRATCH, TAIL
@@ -333,18 +333,19 @@ def plan_text(found: Mapping[str, Any]) -> str:
     lines.append(
         f"{size_of(found['bytes'])} would be written to {found['store']}, where {size_of(found['free'])} are free"
     )
+    each, times, limit = found["seconds_of_a_draw_of_all"], found["measurements"], found["budget"]
+    lines.append(
+        f"phases: extract; compare some of the images with what the network was trained on, and time it, about "
+        f"{spoken(found['seconds_to_compare'])}; measure {', '.join(each)}, each {times:,} times, as it is once"
+    )
     lines += [
-        f"phases: extract; compare, some of the images with what the network was trained on, and time it; measure "
-        f"{', '.join(found['routes'])}, each {found['measurements']:,} times, as it is once"
+        f"{name}: a draw of all images takes about {took(seconds)}, smaller ones less" for name, seconds in each.items()
     ]
-    longest = found["seconds_of_a_draw_of_all"]
-    lines += [
-        f"{name}: a draw of all images takes about {took(seconds)}, smaller ones less"
-        for name, seconds in longest.items()
-    ]
-    most, limit = sum(longest.values()) * found["measurements"], found["budget"]
-    tuned = f"at most about {took(most)} for what is tuned, " if most else ""
-    lines.append(f"measuring takes {tuned}seconds to a few minutes for each frozen route")
+    most = sum(seconds * (1 if name == AS_IT_IS else times) for name, seconds in each.items())
+    apart = f" with {found['classes']:,} classes or labels" if found["classes"] > 1 else ""
+    lines.append(
+        f"measuring takes at most about {spoken(most)}{apart}, a rough figure; what the store has of it takes none"
+    )
     if limit is not None:
         lines.append(f"the budget lets measuring take {took(limit)}; extract and compare come besides")
     return "\n".join([*lines, *filter(None, [_not_tried_text(found)]), "dry run: nothing was changed"])

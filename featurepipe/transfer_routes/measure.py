@@ -19,10 +19,22 @@ from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.layer_depth.folds import Fold
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, raising_stop, stopped_at_once
+from featurepipe.layer_depth.phases import divisions_of, fit_seconds
 from featurepipe.layer_depth.probes import Cell
 from featurepipe.layer_depth.study import PRETRAINED, Study
 from featurepipe.progress import Progress
-from featurepipe.transfer_routes.options import AS_IT_IS, BOTTLENECK, FULL, LAYERS, NODE, SCRATCH, TAIL, TUNED
+from featurepipe.training.options import SHARES
+from featurepipe.transfer_routes.options import (
+    AS_IT_IS,
+    BOTTLENECK,
+    FULL,
+    LAYERS,
+    NODE,
+    SCRATCH,
+    TAIL,
+    TUNED,
+    RoutesOptions,
+)
 from featurepipe.transfer_routes.trials import (
     Diverged,
     Route,
@@ -140,35 +152,47 @@ class TrialTimes:
 
     def estimate(self, trial: RouteTrial) -> float:
         """As far as it is known before any trial."""
-        study, route = self._context.every, trial.route
-        fold = self._context.study.draws[trial.size, trial.seed]
+        context, study, route = self._context, self._context.every, trial.route
+        fold = context.study.draws[trial.size, trial.seed]
         there = 0 if study.elsewhere is None else len(study.elsewhere.rows)
-        if route.kind in TUNED:
-            options, is_scratch = self._context.options.tuning(route.kind, route.cut), route.kind == SCRATCH
-            epochs = options.schedule(len(fold.fit), is_scratch=is_scratch).epochs
-            ms = self.above(route.cut)
-            return tuning_seconds(ms, epochs, len(fold.fit), len(fold.choose), len(fold.test) + there)
-        classes, divisions = max(len(study.classes), 1), len(fold.choices) + 1
-        times = {NODE: divisions, LAYERS: 3 * divisions}.get(route.kind, 1)
-        return 0.2 + 1e-9 * times * route.width * (30 * classes * len(fold.train) + len(fold.test) + there)
-
-    def above(self, cut: str) -> float:
-        """Milliseconds of the forward of one image above a node; of all of it without one."""
-        whole = self._milliseconds[self._context.bottleneck.partition(":")[0]]
-        return max(whole - self._milliseconds[cut], 0.05 * whole) if cut else whole
+        above = milliseconds_above(self._milliseconds, context.bottleneck, route.cut)
+        images = len(fold.fit), len(fold.choose), len(fold.test) + there
+        return route_seconds(route, context.options, above, images, max(len(study.classes), 1))
 
 
-def tuning_seconds(above: float, epochs: int, fit: float, choose: float, test: float) -> float:
-    """How long layers are tuned and tested: a backward takes as long as two forwards.
+def milliseconds_above(milliseconds: Mapping[str, float], bottleneck: str, cut: str) -> float:
+    """Of the forward of one image above a node, from those up to each node; of all of it without a cut."""
+    whole = milliseconds[bottleneck.partition(":")[0]]
+    return max(whole - milliseconds[cut], 0.05 * whole) if cut else whole
+
+
+def route_seconds(
+    route: Route, options: RoutesOptions, above: float, images: tuple[int, int, int], classes: int
+) -> float:
+    """About how long a route takes on one draw: heads as in depth, and of what is tuned a backward as long as two forwards.
 
     Args:
-        above: milliseconds of the forward of one image through the tuned layers.
-        epochs: passes over the images.
-        fit: images that are learned from.
-        choose: images that are scored after each epoch.
-        test: images that are scored once.
+        route: which.
+        options: as asked for.
+        above: milliseconds of the forward of one image through the layers that are tuned.
+        images: that are learned from, that choose, and that are tested.
+        classes: or labels; 1 of numbers.
     """
-    return 1.0 + above / 1000 * (epochs * (3 * fit + choose) + test)
+    fit, choose, test = images
+    if route.kind in TUNED:
+        tuning, is_scratch = options.tuning(route.kind, route.cut), route.kind == SCRATCH
+        epochs = tuning.schedule(max(fit, 1), is_scratch=is_scratch).epochs
+        return 1.0 + above / 1000 * (epochs * (3 * fit + choose) + test)
+    if route.kind == AS_IT_IS:
+        return 0.2
+    of_all = partial(fit_seconds, fit + choose, classes=classes)
+    to_choose = partial(fit_seconds, fit, classes=classes, divisions=1)
+    divisions, columns = divisions_of(fit + choose), len(route.columns)
+    if route.kind == NODE:
+        return of_all(route.width // columns) + divisions * columns * to_choose(route.width // columns)
+    if route.kind == LAYERS:
+        return of_all(route.width) + divisions * sum(to_choose(round(share * route.width)) for share in SHARES)
+    return of_all(route.width)
 
 
 def trials_of(context: RoutesContext, routes: Sequence[Route]) -> list[RouteTrial]:

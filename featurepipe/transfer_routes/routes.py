@@ -29,7 +29,7 @@ from featurepipe.features.session import NetworkName
 from featurepipe.features.settings import Machine
 from featurepipe.layer_depth.document import provenance
 from featurepipe.layer_depth.journal import Journal
-from featurepipe.layer_depth.measure import FEW, TimedForward, Timing, least_disturbed
+from featurepipe.layer_depth.measure import FEW, NODE_SECONDS, TimedForward, Timing, least_disturbed
 from featurepipe.layer_depth.options import DepthOptions
 from featurepipe.layer_depth.phases import EXTRACT, MEASURE, Phases
 from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
@@ -53,9 +53,10 @@ from featurepipe.transfer_routes.measure import (
     Untried,
     measure_routes,
     measured,
+    milliseconds_above,
     missing_of,
+    route_seconds,
     trials_of,
-    tuning_seconds,
 )
 from featurepipe.transfer_routes.options import (
     AS_IT_IS,
@@ -71,7 +72,7 @@ from featurepipe.transfer_routes.options import (
     RoutesOptions,
     cannot_be_taken,
 )
-from featurepipe.transfer_routes.similarity import similarity, source_options
+from featurepipe.transfer_routes.similarity import NOISE, SAMPLED, similarity, source_options
 from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
 from featurepipe.transfer_routes.trials import Route, RoutesContext, RoutesImages, RouteTrial
 from featurepipe.tuning.from_images import check_room, located, precision_of, recorded_source
@@ -205,7 +206,7 @@ def routes(
             if _lacks_activations(plan):
                 quiet = replace(plan.wanted, silent=True)  # all of it is said again by the extraction itself
                 ahead = extracted(quiet, dict(arguments), dry_run=True, say=Silent().say)
-                _check_room(_outlook(ahead, plan, options), say)
+                _check_room(ahead, say)
             found = extracted(plan.wanted, arguments, dry_run=False, say=say)
         study = settle_routes(found, options, labels, say)
         loaded = _with_weights(found, plan, trust_code)
@@ -313,47 +314,56 @@ def _lacks_activations(plan: _Plan) -> bool:
 
 def _outlook(found: Extracted, plan: _Plan, options: RoutesOptions) -> dict[str, Any]:
     """What a dry run says: columns, what is to be extracted to where, and how long routes take with all images."""
-    space, path = found.spaces[PRETRAINED], found.store.path.absolute()
-    if found.is_held:
-        images = len(found.store.features(found.dataset, node=found.columns[0].column, backbone=space))
-    else:
-        images = int(found.records[0]["listed"])
-    timing = Timing(found.backbone.name, _nodes(found, plan), "fp32", found.machine.device, FEW)
+    nodes = _nodes(found, plan)
+    timing = Timing(found.backbone.name, nodes, "fp32", found.machine.device, FEW)
     times = TimedForward(LocalExecutor(), timing).measure()["milliseconds"]
-    whole = times[plan.bottleneck.partition(":")[0]]
-    parts = (0.64 * images, 0.16 * images, 0.2 * images)  # a fifth is tested, a fifth of the rest chooses
-    above = {f"{TAIL} from {cut}": (TAIL, max(whole - times[cut], 0.05 * whole)) for cut in plan.cuts}
-    tuned = {**above, **{kind: (kind, whole) for kind in FROM_IMAGES if kind in options.kinds}}
-    names = {TAIL: [*above]}
-    kinds = [kind for kind in options.kinds if kind not in plan.unable]
-
-    def seconds(kind: str, ms: float) -> float:
-        schedule = options.tuning(kind).schedule(max(1, round(parts[0])), is_scratch=kind == SCRATCH)
-        return tuning_seconds(ms, schedule.epochs, *parts)
-
+    listed, classes = found.counted()
+    parts = (
+        round(0.64 * listed),
+        round(0.16 * listed),
+        round(0.2 * listed),
+    )  # a fifth is tested, a fifth of the rest chooses
+    if options.target_type != "multiclass":
+        classes = len(options.multilabel or ("number",))
+    ways = _ways(found, plan, [kind for kind in options.kinds if kind not in plan.unable])
     return {
         "kind": "routes plan",
         **found.plan(),
-        "store": str(path),
-        "bytes": sum(sum(record["bytes_per_column"].values()) for record in found.records),
-        "free": shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free,
-        "routes": [name for kind in kinds for name in names.get(kind, [kind])],
+        **_room(found),
+        "routes": [way.name for way in ways],
         "measurements": options.seeds * len(options.sizes),
         "budget": options.budget,
+        "classes": classes,
+        "seconds_to_compare": NODE_SECONDS * len(nodes)
+        + (min(listed, SAMPLED) + NOISE) * milliseconds_above(times, plan.bottleneck, "") / 1000,
         "seconds_of_a_draw_of_all": {
-            name: seconds(kind, ms) for name, (kind, ms) in tuned.items() if kind not in plan.unable
+            way.name: route_seconds(
+                way, options, milliseconds_above(times, plan.bottleneck, way.cut), parts, max(classes, 1)
+            )
+            for way in ways
         },
         "not_tried": answers.not_tried([], plan.unable),
     }
 
 
-def _check_room(outlook: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def _room(found: Extracted) -> dict[str, Any]:
+    """How many bytes are to be written where, and how many are free there."""
+    path = found.store.path.absolute()
+    return {
+        "store": str(path),
+        "bytes": sum(sum(record["bytes_per_column"].values()) for record in found.records),
+        "free": shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free,
+    }
+
+
+def _check_room(found: Extracted, say: Callable[[str], None]) -> None:
     """Says how much space features and activations take, and refuses what there is not.
 
     Raises:
         DiskFull: It does not fit.
     """
-    need, free, store = outlook["bytes"], outlook["free"], outlook["store"]
+    room = _room(found)
+    need, free, store = room["bytes"], room["free"], room["store"]
     say(f"features and activations take {size(need)} in {store}, where {size(free)} are free")
     if need > free:
         raise DiskFull(
@@ -588,6 +598,12 @@ def _context(
                 kinds.remove(kind)
     if LAYERS in kinds and plan.lacking:
         say(f"of all blocks the store lacks {', '.join(plan.lacking)}; the route {LAYERS} is without them")
+    context = RoutesContext(study, options, name, found.backbone.name, plan.bottleneck, places, images)
+    return context, _ways(found, plan, kinds)
+
+
+def _ways(found: Extracted, plan: _Plan, kinds: Sequence[str]) -> list[Route]:
+    """The routes of some kinds, with what they read."""
     columns = tuple(column.column for column in found.columns)
     width = {column.column: column.width for column in found.columns}
     bottleneck = (plan.bottleneck,)
@@ -600,8 +616,7 @@ def _context(
         FULL: [Route(FULL, bottleneck)],
         SCRATCH: [Route(SCRATCH, bottleneck)],
     }
-    context = RoutesContext(study, options, name, found.backbone.name, plan.bottleneck, places, images)
-    return context, [way for kind in kinds for way in ways[kind]]
+    return [way for kind in kinds for way in ways[kind]]
 
 
 def _unlisted(study: RoutesStudy, images: RoutesImages) -> str:

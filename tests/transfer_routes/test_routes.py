@@ -21,6 +21,8 @@ from featurepipe.cli import main
 from featurepipe.errors import DiskFull, UsageError
 from featurepipe.execution.executor import Worker
 from featurepipe.layer_depth.measure import Timing
+from featurepipe.layer_depth.phases import fit_seconds
+from featurepipe.progress import spoken
 from featurepipe.reporting.report import write_report
 from featurepipe.store import FeatureStore
 from featurepipe.transfer_routes import measure, routes, similarity, trials
@@ -327,9 +329,17 @@ def test_a_dry_run_says_bytes_and_time_and_writes_nothing(piles: Path, tmp_path:
     found = fp.routes(piles, tmp_path / "new", dry_run=True, **NETWORK, **FAST)
     values = 200 * (16 + 84 + 6 * 14 * 14 + 96 + 256 + 120)
     assert found["bytes"] in (2 * values, 4 * values)
-    assert found["seconds_of_a_draw_of_all"]["tail from s2"] > 1
-    assert found["routes"] == ["as-it-is", *TAKEN]
-    assert "200 images to read" in plan_text(found)
+    each = found["seconds_of_a_draw_of_all"]
+    assert each["tail from s2"] > 1
+    assert each["bottleneck"] == fit_seconds(160, 84, 10)  # as of depth
+    assert each["node"] > each["bottleneck"] > each["as-it-is"]
+    assert each["layers"] > each["node"]
+    assert found["routes"] == ["as-it-is", *TAKEN] == [*each]
+    assert 3 < found["seconds_to_compare"] < 7  # a second for each node, and a few forwards
+    assert "200 images to read" in (said := plan_text(found))
+    assert f"and time it, about {spoken(found['seconds_to_compare'])}; measure as-it-is, bottleneck" in said
+    most = 4 * sum(each.values()) - 3 * each["as-it-is"]
+    assert f"measuring takes at most about {spoken(most)} with 10 classes or labels" in said
     held = fp.routes(
         piles.parent / "store",
         dataset="digits",
