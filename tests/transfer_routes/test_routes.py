@@ -149,6 +149,21 @@ def test_the_command_prints_what_the_function_returns(
     assert "no result: as-it-is" in printed
 
 
+def test_the_images_of_a_file_of_ids_are_held_out(
+    answer: dict[str, Any], piles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del answer  # whose store is used
+    kept = (piles.parent / "table.csv").read_text().splitlines()[1::7]
+    held_out = tmp_path / "held-out.csv"
+    held_out.write_text("\n".join(["id,split", *(f"{line.split(',')[0]},test" for line in kept)]))
+    words = ["routes", str(piles.parent / "store"), "--dataset", "digits", "--routes", "bottleneck", "--sizes", "all"]
+    words += ["--node", "s4:gap", "--node", "bottleneck", "--seeds", "1", "--quiet", "--json"]
+    assert main([*words, "--labels", str(held_out), "--split-column", "split"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["counts"]["test"], found["counts"]["train"]) == (len(kept), 200 - len(kept))
+    assert (len(found["classes"]), found["results"][0]["accuracy"] > 0.3) == (10, True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "measure_name"), [({"target": "value"}, "r2"), ({"multilabel": "tags"}, "map")])
 def test_numbers_and_several_labels_take_every_route_but_the_network_as_it_is(
