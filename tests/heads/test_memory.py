@@ -9,8 +9,8 @@ import pytest
 
 from featurepipe.heads.families import HEADS
 
-ROWS, WIDTH, ALLOWED = 250_000, 200, 60_000_000  # 100 MB as float16, 200 MB as float32
-BESIDES = 24_000_000  # labels and weights of 250,000 rows, and what the allocator holds on to
+ROWS, WIDTH, ALLOWED = 125_000, 200, 30_000_000  # 50 MB as float16, 100 MB as float32
+BESIDES = 16_000_000  # labels and weights of 125,000 rows, and what the allocator holds on to
 KEPT = {"xgboost": 2 * ROWS * WIDTH}  # its own quantised copy, which the documentation states
 
 FIT = textwrap.dedent("""
@@ -73,9 +73,9 @@ def stored(tmp_path_factory):
     path = tmp_path_factory.mktemp("features") / "x.f16"
     draw = np.random.default_rng(0)
     with path.open("wb") as file:
-        for start in range(0, ROWS, 50_000):
-            block = draw.standard_normal((50_000, WIDTH), np.float32)
-            block[:, 0] += (start + np.arange(50_000)) % 3
+        for start in range(0, ROWS, 25_000):
+            block = draw.standard_normal((25_000, WIDTH), np.float32)
+            block[:, 0] += (start + np.arange(25_000)) % 3
             file.write(block.astype(np.float16).tobytes())
     yield path
     path.unlink()
