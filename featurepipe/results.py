@@ -32,6 +32,9 @@ MAIN_TABLES = (
     "per_class",
     "per_label",
     "suspects",
+    "queries",
+    "exact",
+    "near",
     "answers",
     "nodes",
     "columns",
@@ -39,6 +42,10 @@ MAIN_TABLES = (
     "rejects",
 )
 """Which table of a result ``to_pandas`` takes where none is named: the first of these that it has, else its only one."""
+
+
+_FIRST = ("started", "status", "job", "command", "dataset", "listed", "computed", "known", "rejected", "gone", "run_id")
+"""Of a run what people look for, which a card shows first: records have their fields by the alphabet."""
 
 
 class Result(dict[str, Any]):
@@ -59,7 +66,7 @@ class Result(dict[str, Any]):
     def _repr_html_(self) -> str:
         """The card that a notebook shows: what is said in a word first, then tables, then all else, folded."""
         tables = {name: rows for name, rows in tables_of(self).items() if rows}
-        plain = {name: value for name, value in self.items() if _is_said(value)}
+        plain = _first_things_first({name: value for name, value in self.items() if _is_said(value)})
         rest = {name: value for name, value in self.items() if name not in plain and name not in tables}
         title = self.command or str(self.get("kind", "result"))
         return card(title, headline(self) | plain, tables=tables, folded=rest)
@@ -149,14 +156,38 @@ def optional(package: str, what: str) -> Any:
 
 
 def tables_of(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Lists of records in a result and in its parts ``metrics`` and ``details``, by their name."""
+    """Lists of records in a result and in its parts ``metrics`` and ``details``, by their name.
+
+    Images that were found for each of several queries, or in each group of copies, are a row each: beside their own values
+    the ``query`` and ``rank``, or the ``group``.
+    """
     parts = [found, metrics_of(found)]
     tables: dict[str, list[Mapping[str, Any]]] = {}
     for part in parts:
         for name, value in part.items():
             if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) for row in value):
-                tables.setdefault(name, list(value))
+                tables.setdefault(name, _found_for(value) if name == "queries" else list(value))
+    for name in ("exact", "near"):  # of duplicates
+        if isinstance(found.get(name), Mapping) and found[name].get("listed"):
+            tables.setdefault(name, _in_groups(found[name]["listed"]))
     return tables
+
+
+def _found_for(queries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [
+        {"query": query["id"], "rank": rank, **image}
+        for query in queries
+        for rank, image in enumerate(query["found"], 1)
+    ]
+
+
+def _in_groups(groups: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    odd = ("across_splits", "label_conflict")
+    return [
+        {"group": number, **image, **{name: group[name] for name in odd}}
+        for number, group in enumerate(groups, 1)
+        for image in group["images"]
+    ]
 
 
 def metrics_of(found: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -204,7 +235,11 @@ def _flat(one: Mapping[str, Any]) -> dict[str, Any]:
     """The record's plain values, and those of its counts."""
     counts = one.get("counts")
     plain = {name: value for name, value in one.items() if _is_said(value)}
-    return plain | (dict(counts) if isinstance(counts, Mapping) else {})
+    return _first_things_first(plain | (dict(counts) if isinstance(counts, Mapping) else {}))
+
+
+def _first_things_first(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in _FIRST if name in values} | dict(values)
 
 
 PER_CLASS = ("class", "support", "predicted", "precision", "recall", "f1", "auc")

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import sys
+from html import escape
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -99,7 +100,11 @@ def test_cards_are_escaped_and_say_what_they_leave_out(
     many = Result({"nodes": [{"name": f"n{k}"} for k in range(40)]}, "nodes")
     assert "28 more rows" in safe(many._repr_html_())
     assert "greys" in (card := safe(fp.runs(store)._repr_html_()))
-    assert "not shown: " in card  # of a record's plain values, the first by name
+    assert "not shown: " in card
+    shown = ["started", "status", "command", "dataset", "listed", "computed", "known", "rejected", "gone", "run_id"]
+    assert re.findall(r"<th[^>]*>([^<]*)</th>", card)[1:] == shown
+    facts = re.findall(r"<th[^>]*>([^<]*)</th>", safe(fp.runs(store)[0]._repr_html_()))
+    assert [name for name in facts if name in shown][:4] == ["started", "status", "command", "dataset"]
     empty = fp.FeatureStore(tmp_path / "empty")
     with empty.lock(shared=True):
         assert "no dataset yet" in safe(empty._repr_html_())
@@ -125,6 +130,24 @@ def test_dataframes_hold_the_same_values(store: fp.FeatureStore, evaluated: Resu
     assert isinstance(Result({"a": 1}).to_pandas(), pd.DataFrame)
     with pytest.raises(UsageError, match="no table 'runs'; it has: per_class"):
         evaluated.to_pandas("runs")
+
+
+def test_what_was_found_for_each_image_is_a_row_of_card_and_dataframe(store: fp.FeatureStore) -> None:
+    found = fp.similar(store, query_ids=["dog/0.png", "<b>cat/1.png"], top=2, silent=True)
+    frame = found.to_pandas()
+    assert list(frame) == ["query", "rank", "id", "label", "split", "distance"]
+    assert list(frame["query"]) == ["dog/0.png"] * 2 + ["<b>cat/1.png"] * 2
+    assert list(frame["rank"]) == [1, 2, 1, 2]
+    assert list(frame["id"]) == [image["id"] for query in found["queries"] for image in query["found"]]
+    assert f">{escape(frame['id'][0])}<" in safe(found._repr_html_()).partition("everything else")[0]
+    near = fp.duplicates(store, near=0.5, silent=True)
+    frame = near.to_pandas("near")
+    groups = near["near"]["listed"]
+    assert [frame[frame["group"] == number]["id"].tolist() for number in range(1, len(groups) + 1)] == [
+        [image["id"] for image in group["images"]] for group in groups
+    ]
+    assert frame["label_conflict"].tolist() == [group["label_conflict"] for group in groups for _ in group["images"]]
+    assert "dog/0.png" in safe(near._repr_html_())
 
 
 def test_features_are_float32_wherever_they_are_read(store: fp.FeatureStore) -> None:
