@@ -33,7 +33,10 @@ from featurepipe.store.traces import Removal, is_in_text
 
 HOLDS_ROWS = frozenset({"knn", "rbf-svm", "kernel-ridge"})
 """Heads that keep feature rows of what they learned from."""
-_TEXTS = frozenset({".html", ".csv", ".tsv", ".jsonl", ".json", ".ipynb", ".txt", ".log", ".md", ".tex", ".svg"})
+_TEXTS = frozenset({
+    ".html", ".csv", ".tsv", ".jsonl", ".json", ".ipynb", ".txt", ".log", ".md", ".tex", ".svg", ".toml", ".yaml", ".yml", ".xml",
+    ".prom",
+})  # fmt: skip
 _READ = _TEXTS | frozenset(TABLES)
 _AT_ONCE = 1 << 24
 """Characters of a file of text that are searched at a time, and the rest of the line."""
@@ -73,7 +76,7 @@ def forget(
         The fields of `featurepipe.store.ForgetReport`, and ``dependents``: ``path``, ``kind`` (``bundle``, ``store``, ``page`` or
         ``table``), ``images`` (how many it is of; None if not counted), and ``why``; ``free_bundles``: paths of the bundles that
         were looked at and hold none of the images; ``unread``: ``path`` of what could not be read, and ``why``; ``other_files``:
-        how many files of other kinds there are, by suffix, which were not looked into.
+        how many files of other kinds there are, by suffix, which were not looked into; ``looked_in``.
 
     Raises:
         UsageError: An id is nowhere, or the file or a folder to look in cannot be read; nothing is changed.
@@ -99,7 +102,7 @@ def forget(
     report = forget_images(
         target, wanted, dataset=dataset, may_come_back=may_come_back, dry_run=dry_run, before=look, silent=silent
     )
-    return {**asdict(report), "dry_run": dry_run, **seen.told()}
+    return {**asdict(report), "dry_run": dry_run, "looked_in": [str(place) for place in places], **seen.told()}
 
 
 def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
@@ -218,7 +221,7 @@ def _candidates(roots: Iterable[Path], own: Path) -> Iterator[Path]:
         waiting = [root.resolve() if root.is_symlink() else root]
         while waiting:
             path = waiting.pop()
-            if path.resolve() == own or path.is_symlink():
+            if path.resolve().is_relative_to(own) or path.is_symlink():
                 continue
             if path.is_file() or (path / "bundle.json").is_file() or is_store(path):
                 yield path
@@ -315,8 +318,12 @@ def forget_text(told: Mapping[str, Any]) -> str:
         kinds = [f"{suffix or 'without a suffix'} ({count:,})" for suffix, count in told["other_files"].items()]
         lines.append(f"not looked into, as files of another kind: {first_names(kinds, 8)}")
     if told["images"] and not told["dependents"]:
-        lines.append("depends on them: nothing that run records name; --look-in FOLDER searches further")
+        lines.append(f"depends on them: nothing that run records name{_where_else(told)}")
     return "\n".join(lines)
+
+
+def _where_else(told: Mapping[str, Any]) -> str:
+    return ", and nothing that was looked in" if told["looked_in"] else "; --look-in FOLDER searches further"
 
 
 def _earlier(told: Mapping[str, Any]) -> Iterator[str]:

@@ -39,7 +39,7 @@ def test_forgotten_images_are_not_computed_again(store, source):
     keys = {row["id"]: row["key"] for row in store.snapshot("d").to_pylist()}
     told = forget(store, PERSON, silent=True)
     assert (told["rows_dropped"], told["left"], told["refused"]) == (2, [], True)
-    record = featurepipe.extract(source, store, dataset="d", **OPTIONS)
+    record = featurepipe.extract(source, store, dataset="d", max_rejects=1, **OPTIONS)
     assert (record["forgotten"], record["counts"]["listed"], record["counts"]["computed"]) == (2, 7, 0)
     assert record["changes"]["deleted"] == 0
     assert not set(PERSON) & set(store.snapshot("d")["id"].to_pylist())
@@ -54,7 +54,7 @@ def test_forgotten_images_are_not_computed_again(store, source):
         assert not [f for f in files if keys[id_] in f.read_bytes() or keys[id_].hex().encode() in f.read_bytes()]
         assert not [f for f in files if f.suffix != ".parquet" and id_.encode() in f.read_bytes()]
     forget(store, PERSON, may_come_back=True, silent=True)
-    record = featurepipe.extract(source, store, dataset="d", **OPTIONS)
+    record = featurepipe.extract(source, store, dataset="d", max_rejects=1, **OPTIONS)
     assert (record["forgotten"], record["counts"]["computed"], record["counts"]["listed"]) == (0, 2, 10)
 
 
@@ -130,6 +130,27 @@ def test_features_that_were_handed_on_and_tables_of_any_size_are_named(store, tm
     text = forget_text(told)
     assert f"cannot tell whether {made / 'broken.npz'} depends on them: " in text
     assert "not looked into, as files of another kind: without a suffix (1), .pt (2)" in text
+    nothing = forget(store, ["down/1.png"], look_in=[made / "free.csv"], silent=True)
+    assert (nothing["dependents"], nothing["looked_in"]) == ([], [str(made / "free.csv")])
+    assert "nothing that run records name, and nothing that was looked in" in forget_text(nothing)
+
+
+def test_the_rejects_of_a_store_do_not_depend_on_its_images(store, source):
+    (source / "flat" / "torn.png").write_bytes((source / "flat" / "0.png").read_bytes()[:200])
+    record = featurepipe.extract(source, store, dataset="d", max_rejects=1, **OPTIONS)
+    assert Path(record["rejects_file"]).is_file()
+    told = forget(store, ["flat/torn.png"], silent=True)
+    assert (told["rejects_removed"], told["dependents"]) == (1, [])
+    assert "nothing that run records name; --look-in FOLDER searches further" in forget_text(told)
+
+
+def test_a_folder_of_features_that_a_job_wrote_is_named(store, tmp_path):
+    featurepipe.export(store, node="bottleneck", to=tmp_path / "handed-on", silent=True)
+    result = {"file": str(tmp_path / "handed-on")}
+    step = {"step": "export", "name": "bottleneck", "status": "done", "seconds": 0.1, "result": result}
+    store.write_run({"run_id": store.new_run_id(), "steps": [step]})
+    (found,) = forget(store, PERSON, silent=True)["dependents"]
+    assert (found["path"], found["images"]) == (str(tmp_path / "handed-on" / "features-00000.parquet"), 2)
 
 
 def test_from_the_command_line(store, tmp_path, capsys, monkeypatch):
