@@ -433,7 +433,7 @@ def _since(store: FeatureStore, dataset: str, asked: str | None, snapshot: str, 
     if asked is None:
         return None
     since = _snapshot(store, dataset, asked)
-    if since > snapshot:
+    if since > snapshot and since in store.snapshot_ids(dataset):
         raise UsageError(
             Message(Option("since", asked), f" is later than the snapshot that is exported, {snapshot}; swap them")
         )

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from featurepipe.display import first_names
-from featurepipe.errors import CorruptPart, StoreError, UsageError, nearest
+from featurepipe.errors import CorruptPart, StoreError, UsageError, nearest, unknown
 from featurepipe.store.atomic import (
     atomic_file,
     entries,
@@ -209,6 +209,8 @@ def make_order(store: FeatureStore, ids: Sequence[str], asked: RemovalOptions, r
 
 
 def _nowhere(store: FeatureStore, dataset: str, ids: Sequence[str]) -> UsageError:
+    if dataset not in (known := store.datasets()):
+        return unknown("dataset", dataset, known, where=str(store.path))
     table = store.snapshot(dataset, columns=["id"])
     near = nearest(ids[0], table["id"].to_pylist()[:100_000]) if table is not None else []
     hint = f"; nearest to {ids[0]!r}: {', '.join(near)}" if near else ""

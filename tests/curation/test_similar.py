@@ -159,8 +159,14 @@ def test_mistakes_are_named(stripes, kept, pile, tmp_path):
     found = similar(kept, [good, broken], top=1, silent=True)
     assert [reject["id"] for reject in found["rejects"]] == [str(broken)]
     assert len(found["warnings"]) == len(found["queries"]) == 1
-    with pytest.raises(UsageError, match=r"unknown image 'flat/77.png' in dataset seen"):
+    with pytest.raises(UsageError, match=r"unknown image 'flat/77.png' in dataset seen; nearest: flat/7.png"):
         similar(kept, query_ids=["flat/77.png"], silent=True)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "gone.csv").write_text("path\ngone.png\n")
+    with pytest.raises(UsageError, match=r"nothing to look for: .*nothing cannot be used: it holds no image"):
+        similar(kept, tmp_path / "nothing", silent=True)
+    with pytest.raises(UsageError, match=r"nothing to look for: gone.png cannot be used: "):
+        similar(kept, tmp_path / "gone.csv", silent=True)
     with pytest.raises(UsageError, match="nothing is asked for"):
         similar(kept, silent=True)
     with pytest.raises(UsageError, match="asked for twice"):

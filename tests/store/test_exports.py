@@ -62,8 +62,9 @@ def test_new_is_since_the_run_before_and_nothing_new_is_no_error(store, rows, ni
         export_dataset(store, "a", tmp_path / "x.npz", new=True, snapshot=nights[0], silent=True)
     with pytest.raises(UsageError, match="is later than the snapshot"):
         export_dataset(store, "a", tmp_path / "x.npz", since=third, snapshot=nights[0], silent=True)
-    with pytest.raises(UnknownSnapshot, match="unknown snapshot '2020'"):
-        export_dataset(store, "a", tmp_path / "x.npz", since="2020")
+    for strange in ("2020", "yesterday"):  # before and after all that there are
+        with pytest.raises(UnknownSnapshot, match=f"unknown snapshot '{strange}'"):
+            export_dataset(store, "a", tmp_path / "x.npz", since=strange)
     assert capsys.readouterr().err == ""  # nothing was moved, so nobody tries again
     with pytest.raises(UsageError, match="two beginnings"):
         export_dataset(store, "a", tmp_path / "x.npz", since=third, new=True, silent=True)

@@ -209,6 +209,8 @@ def test_an_unknown_id_changes_nothing(filled):
         UsageError, match=r"1 of the ids are nowhere in dataset d .*: alise/1\.png; nearest .*alice/1\.png"
     ):
         forget_images(filled, ["alice/2.png", "alise/1.png"])
+    with pytest.raises(UsageError, match="unknown dataset 'dd' in "):
+        forget_images(filled, ["alice/1.png"], dataset="dd")
     with pytest.raises(UsageError, match="no image to forget"):
         forget_images(filled)
     assert (
