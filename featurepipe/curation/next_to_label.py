@@ -122,8 +122,8 @@ def select(
         backbone: Of which network, space or fingerprint.
         snapshot: Run id of the snapshot whose images are meant; by default the current one.
         to: A page with thumbnails (``.html``), or a table to fill in (``.csv``, ``.jsonl``, ``.parquet``): ``id``, ``label``
-            (empty), ``rank``, ``score``, ``group``. It is what ``labels=`` of any command takes once it is filled in. Or
-            several such files.
+            (empty), ``rank``, ``score``, ``group``, and below them the images that have a label, with it. It is what ``labels=``
+            of any command takes once it is filled in, and all that is labelled then. Or several such files.
         raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         source: The dataset's images, for thumbnails; by default where they were extracted from.
         only_under: As in `featurepipe.report`.
@@ -169,7 +169,7 @@ def select(
     )
     with features_at(cluster, every, question.store, question.say) as there:
         chosen = choose(every, labelled, open_, budget, there, method=method, seed=seed)
-    answer = chosen_table(every, chosen)
+    answer = chosen_table(every, chosen, label or "label")
     warnings = question.written(lambda: answer, lambda: _document(every, chosen, len(labelled), options))
     return question.told(
         method=method,
@@ -320,18 +320,32 @@ def _typicality(values: Single) -> npt.NDArray[np.float64]:
     return 1 / np.maximum(found, 1e-9)
 
 
-def chosen_table(features: FeatureSet, chosen: NextImages) -> pa.Table:
-    """One row an image, in the order of the choice: ``id``, ``label`` (empty), ``rank`` from 1, ``score``, ``group``."""
-    count = len(chosen.rows)
-    return pa.table(
-        {
-            "id": features.table["id"].take(chosen.rows),
-            "label": pa.nulls(count, pa.string()),
-            "rank": pa.array(np.arange(1, count + 1)),
-            "score": pa.array(chosen.score),
-            "group": pa.array(chosen.group, mask=chosen.group < 0),
-        }
+def chosen_table(features: FeatureSet, chosen: NextImages, label: str = "label") -> pa.Table:
+    """The table to fill in, which is then all that is labelled.
+
+    One row an image: first those that were chosen, in their order: ``id``, ``label`` (empty), ``rank`` from 1, ``score``,
+    ``group``; then those that had a label before, with it alone.
+
+    Args:
+        features: n images.
+        chosen: Some of them.
+        label: The column of the class.
+    """
+    count, before = len(chosen.rows), np.flatnonzero(features.table["label"].is_valid())
+    empty = pa.nulls(len(before))
+    columns = {
+        "rank": pa.array(np.arange(1, count + 1)),
+        "score": pa.array(chosen.score),
+        "group": pa.array(chosen.group, mask=chosen.group < 0),
+    }
+    labels = pa.chunked_array(
+        [pa.nulls(count, pa.string()), *features.table["label"].take(before).cast(pa.string()).chunks]
     )
+    return pa.table({
+        "id": features.table["id"].take(np.concatenate([chosen.rows, before])),
+        label: labels,
+        **{name: pa.chunked_array([column, empty.cast(column.type)]) for name, column in columns.items()},
+    })  # fmt: skip
 
 
 def _listed(features: FeatureSet, chosen: NextImages) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ def similar(
     store: FeatureStore | str | PathLike[str],
     queries: Any = None,
     *,
-    query_ids: Sequence[str] | None = None,
+    query_ids: str | Sequence[str] | None = None,
     query_dataset: str | None = None,
     top: int = 10,
     index: str = AUTO,
@@ -77,7 +77,7 @@ def similar(
     Args:
         store: The feature store or its path.
         queries: New images: whatever `featurepipe.extract` takes, or a list of paths.
-        query_ids: Ids of images of the store.
+        query_ids: Ids of images of the store, or one.
         query_dataset: The dataset of these ids; by default the one that is searched.
         top: How many images for each query.
         index: ``auto``: every image is compared, but of 200,000 and more the index is searched if one is kept. ``always``: an
@@ -121,7 +121,7 @@ def similar(
         ClusterError: There is no such cluster.
     """
     options = SimilarOptions(
-        query_ids=None if query_ids is None else tuple(query_ids),
+        query_ids=(query_ids,) if isinstance(query_ids, str) else None if query_ids is None else tuple(query_ids),
         query_dataset=query_dataset, top=top, index=index, weights=weights, dataset=dataset, distance=distance,
         node=node, backbone=backbone, snapshot=snapshot, to=places(to), raw_ids=raw_ids, source=source,
         only_under=places(only_under), path_column=path_column, box=box, box_unit=box_unit, box_margin=box_margin,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -24,7 +25,7 @@ from featurepipe.progress import show, spoken
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.locks import starts_again
-from featurepipe.store.options import RoleOptions
+from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
 from featurepipe.training.cost import time_of
 from featurepipe.training.splits import dealt
 from featurepipe.training.task import weighted
@@ -93,7 +94,7 @@ def labels(
     split_column: str | None = None,
     group: str | None = None,
     target: str | None = None,
-    multilabel: Sequence[str] | None = None,
+    multilabel: str | Sequence[str] | None = None,
     weight: str | None = None,
     dry_run: bool = False,
     cluster: Any = None,
@@ -117,8 +118,8 @@ def labels(
         backbone: Of which network, space or fingerprint.
         snapshot: Run id of the snapshot whose images are meant; by default the current one.
         to: A page with thumbnails and neighbours (``.html``), or a file to correct (``.csv``, ``.jsonl``, ``.parquet``): every
-            image, of all splits, suspects first. What is in its column of labels counts when it is given to ``labels=`` of any
-            command. Or several such files.
+            image, of all splits, suspects first, with the columns that were asked for. What is in its column of labels counts
+            when it is given to ``labels=`` of any command. Or several such files.
         raw_ids: Whether texts of a CSV file that a spreadsheet would take for formulas stay as they are.
         source: The dataset's images, for thumbnails; by default where they were extracted from.
         only_under: As in `featurepipe.report`.
@@ -158,7 +159,7 @@ def labels(
         to=places(to), raw_ids=raw_ids, source=source, only_under=places(only_under), path_column=path_column, box=box,
         box_unit=box_unit, box_margin=box_margin, images=None if images is None else str(images), frames=frames,
         labels=labels, label=label, split_column=split_column, group=group, target=target,
-        multilabel=None if multilabel is None else tuple(multilabel), weight=weight,
+        multilabel=columns_of(multilabel) or None, weight=weight,
     )  # fmt: skip
     if target is None:
         _label_issues()  # before a store is opened in vain
@@ -427,12 +428,24 @@ def to_correct(every: FeatureSet, known: FeatureSet, suspects: Suspects, options
     rows = [several.get(every_id[row], []) for row in order]
     columns: dict[str, Any] = {
         "id": [every_id[row] for row in order],
-        **_labels_of(every.take(np.array(order)), options),
+        **_labels_of(ordered := every.take(np.array(order)), options),
+        **_roles_of(ordered, options),
     }
     columns["suspect"] = [bool(places) for places in rows]
     columns["suggested"] = ["; ".join(_suggestion(suspects, place) for place in places) or None for places in rows]
     columns["suspect_score"] = [float(suspects.score[places[0]]) if places else None for places in rows]
     return pa.table(columns)
+
+
+def _roles_of(features: FeatureSet, options: CheckLabelsOptions) -> dict[str, Any]:
+    """The other columns that were asked for, by their names, since the file takes the place of the one that has them."""
+    asked = {"group": options.group, "split": options.split_column, "weight": options.weight}
+    names = features.table.column_names
+    return {
+        name: features.table[role]
+        for role, name in asked.items()
+        if name is not None and role in names and name.lower() != "none" and not is_file_of_groups(name)
+    }
 
 
 def _suggestion(suspects: Suspects, place: int) -> str:
@@ -448,12 +461,25 @@ def _labels_of(features: FeatureSet, options: CheckLabelsOptions) -> dict[str, A
         return {str(options.target): pa.array(features.targets, from_pandas=True)}
     matrix = np.asarray(features.targets)
     asked = options.multilabel or ()
-    if len(asked) == 1:  # one column of texts such as red|round
-        return {asked[0]: ["|".join(np.array(features.target_names, object)[row == 1]) for row in matrix]}
+    names = np.array(features.target_names, object)
+    if len(asked) == 1 and names[0].casefold() != asked[0].casefold():  # one column of texts such as red|round
+        are_listed = any(set(name) & set("|;,[") or name.casefold() == "none" for name in names)
+        rows = (None if np.isnan(row).all() else names[row == 1].tolist() for row in matrix)
+        return {
+            asked[0]: pa.array(
+                [None if labels is None else _labels_text(labels, are_listed=are_listed) for labels in rows],
+                pa.string(),
+            )
+        }
     return {
         name: pa.array(matrix[:, place], pa.float32(), from_pandas=True).cast(pa.int8())
         for place, name in enumerate(features.target_names)
     }
+
+
+def _labels_text(labels: Sequence[str], *, are_listed: bool) -> str:
+    """The labels of an image as ``--multilabel`` reads them: ``none`` is not the same as nothing, which is not known."""
+    return json.dumps(labels, ensure_ascii=False) if are_listed else "|".join(labels) or "none"
 
 
 def _document(features: FeatureSet, values: Blocks, suspects: Suspects, limit: int | None) -> dict[str, Any]:

@@ -83,6 +83,21 @@ def test_the_file_is_filled_in_and_handed_back(groups, tmp_path, cli):
     assert next_ones["labelled"] == len(text.splitlines()) - 1
     assert "3 images of pile" in (tmp_path / "page.html").read_text()
     assert "3 images to label next" in select_text(next_ones)
+    select(groups.store, budget=3, labels=tmp_path / "filled.csv", to=tmp_path / "more.csv", silent=True)
+    more = list(csv.DictReader((tmp_path / "more.csv").read_text().splitlines()))
+    assert [row["id"] for row in more[:3]] == [one["id"] for one in next_ones["chosen"]]
+    assert [(row["label"], row["rank"]) for row in more[:3]] == [("", "1"), ("", "2"), ("", "3")]
+    labelled = dict(line.split(",") for line in text.splitlines()[1:])
+    assert {
+        row["id"]: row["label"] for row in more[3:]
+    } == labelled  # nothing is lost when only the new ones are filled in
+    assert {row["rank"] + row["score"] + row["group"] for row in more[3:]} == {""}
+    kinds = text.replace("label", "Kind", 1)
+    (tmp_path / "kinds.csv").write_text(kinds)
+    asked = {"budget": 2, "label": "Kind", "silent": True}
+    select(groups.store, labels=tmp_path / "kinds.csv", to=tmp_path / "kinds-more.csv", **asked)
+    again = select(groups.store, labels=tmp_path / "kinds-more.csv", **asked)
+    assert again["labelled"] == len(labelled)
 
 
 def test_mistakes_are_named(groups):

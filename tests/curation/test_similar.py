@@ -180,6 +180,11 @@ def test_mistakes_are_named(stripes, kept, pile, tmp_path):
         similar(pile.store, query_ids=["b.png"], silent=True)
 
 
+def test_one_id_is_a_text(stripes, kept):
+    found = similar(kept, query_ids="flat/1.png", top=1, silent=True)
+    assert [query["id"] for query in found["queries"]] == ["flat/1.png"]
+
+
 def test_the_command_prints_text_or_one_document(stripes, cli):
     folder, store = stripes
     image = folder / "seen" / "across" / "0.png"

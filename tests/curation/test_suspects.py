@@ -204,6 +204,58 @@ def test_several_labels_are_checked_one_by_one_and_numbers_by_their_residual(blo
     assert number["kind"] == "continuous"
 
 
+@pytest.mark.parametrize("names", [("red", "round"), ("red, dark", "none"), ("a|b", "[c]")])
+def test_several_labels_of_one_column_mean_the_same_when_they_are_handed_back(blobs, tmp_path, names):
+    rows = {
+        f"{n}.png": [name for name, has in zip(names, (n % 40 < 20, n < 40), strict=True) if has] for n in range(110)
+    }
+    with (tmp_path / "tags.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "tags"), *((id_, json.dumps(tags)) for id_, tags in rows.items())])
+    options = {"multilabel": "tags", "limit": None, "silent": True}
+    found = labels(blobs.store, labels=tmp_path / "tags.csv", to=tmp_path / "x.csv", **options)
+    assert (found["images"], found["unlabelled"] > 0) == (110, True)
+    again = labels(blobs.store, labels=tmp_path / "x.csv", **options)
+    for name in ("images", "unlabelled", "suspects"):
+        assert again[name] == found[name]
+
+
+def test_the_other_columns_that_were_asked_for_are_handed_back_as_well(blobs, tmp_path):
+    ids = blobs.store.features("pile").ids
+    kinds = {f"{n}.png": "abc"[n // 40] for n in range(120)}
+    lines = [
+        f"{id_},{kinds.get(id_, '')},p{n // 2},{'test' if n % 8 == 7 else 'train'},{1 + n % 2}"
+        for n, id_ in enumerate(ids)
+    ]
+    (tmp_path / "mine.csv").write_text("\n".join(["id,kind,patient,part,w", *lines]))
+    options = {
+        "label": "kind",
+        "group": "patient",
+        "split_column": "part",
+        "weight": "w",
+        "split": "train",
+        "silent": True,
+    }
+    found = labels(blobs.store, labels=tmp_path / "mine.csv", to=tmp_path / "x.csv", **options)
+    rows = {row["id"]: row for row in csv.DictReader((tmp_path / "x.csv").read_text().splitlines())}
+    before = {row["id"]: row for row in csv.DictReader((tmp_path / "mine.csv").read_text().splitlines())}
+    assert {id_: float(row.pop("w")) for id_, row in rows.items()} == {
+        id_: float(row.pop("w")) for id_, row in before.items()
+    }
+    assert all(rows[id_].items() >= row.items() for id_, row in before.items())
+    assert rows.keys() == before.keys()
+    again = labels(blobs.store, labels=tmp_path / "x.csv", **options)
+    assert (again["images"], again["suspects"]) == (found["images"], found["suspects"])
+
+
+def test_one_label_of_yes_and_no_means_the_same_when_it_is_handed_back(blobs, tmp_path):
+    (tmp_path / "warm.csv").write_text("id,Warm\n" + "".join(f"{n}.png,{int(n < 40)}\n" for n in range(110)))
+    options = {"multilabel": "warm", "silent": True}
+    found = labels(blobs.store, labels=tmp_path / "warm.csv", to=tmp_path / "x.csv", **options)
+    again = labels(blobs.store, labels=tmp_path / "x.csv", **options)
+    assert (again["images"], again["suspects"]) == (found["images"], found["suspects"])
+    assert again["images"] == 110
+
+
 def test_mistakes_are_named(pile):
     pile.add_rows([f"{n}" for n in range(12)], np.eye(12))
     pile.night({"b:gap": {f"{n}": np.eye(12)[n] for n in range(12)}})
