@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.errors import UsageError, unknown
+from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.results import Result, Results
 from featurepipe.store import FeatureStore
 
@@ -144,26 +144,50 @@ def export(
     return Result(export_dataset(opened(store), node, Path(to), silent=silent, **options), "export")
 
 
-def runs(store: Store, *, last: int | None = None, job: str | None = None) -> Results:
+def runs(
+    store: Store,
+    *,
+    last: int | None = None,
+    job: str | None = None,
+    rejects: bool = False,
+    dataset: str | None = None,
+) -> Results:
     """The records of a store's runs, oldest first; a run whose process is gone without a word is ``killed``.
 
     Args:
         store: The store or its path.
         last: Only so many, the newest.
         job: Only runs of this job.
+        rejects: Instead of runs the images of the current snapshots that could not be used, and why.
+        dataset: Of ``rejects``; by default of all.
 
     Raises:
-        UsageError: No run is of that job.
+        UsageError: No run is of that job, or there is no such dataset.
     """
     from featurepipe.jobs.lock import runs_with_ends
     from featurepipe.summary import whole_runs
 
     there = opened(store)
+    if rejects:
+        return Results(_rejects(there, dataset), "rejects")
+    if dataset is not None:
+        raise UsageError(
+            Message(Option("dataset"), " belongs to ", Option("rejects"), "; runs are chosen with ", Option("job"))
+        )
     records = runs_with_ends(there)
     if job is not None:
         check_job(job, records, there.path)
     chosen = [record for record in whole_runs(records) if job in (None, record.get("job"))]
     return Results(chosen if last is None else chosen[len(chosen) - min(last, len(chosen)) :], "runs")
+
+
+def _rejects(store: FeatureStore, dataset: str | None) -> list[dict[str, Any]]:
+    from featurepipe.jobs.text import current_rejects, datasets_taken
+
+    datasets = datasets_taken(store)
+    if dataset is not None and dataset not in datasets:
+        raise unknown("dataset", dataset, datasets, where=str(store.path), see=f"featurepipe info {store.path}")
+    return [reject for one in datasets if dataset in (None, one) for reject in current_rejects(store, one)]
 
 
 def check_job(job: str, records: Sequence[Mapping[str, Any]], store: Path) -> None:

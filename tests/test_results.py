@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import featurepipe as fp
 from featurepipe import progress
@@ -78,6 +79,29 @@ def test_functions_of_a_store_find_what_the_command_line_prints(store: fp.Featur
         fp.export(store, to=tmp_path / "y.npz", splitt="test")
     with pytest.raises(UsageError, match="no job has run"):
         fp.runs(store, job="nightly")
+
+
+def test_rejects_and_the_page_of_nights_are_had_in_python_as_well(cli, tmp_path: Path) -> None:
+    for k in range(4):
+        Image.fromarray(np.full((32, 32), 40 * k, np.uint8)).save(tmp_path / f"{k}.png")
+    (tmp_path / "0.png").write_bytes(b"no image")
+    path = tmp_path / "store"
+    fp.extract(tmp_path, path, dataset="d", backbone="lenet5", weights="none", max_rejects=1, silent=True)
+    found = fp.runs(path, rejects=True)
+    assert list(found) == json.loads(cli("runs", path, "--rejects", "--json").out)
+    assert list(fp.runs(path, rejects=True, dataset="d").to_pandas()["id"]) == ["0.png"]
+    with pytest.raises(UsageError, match="unknown dataset 'e'"):
+        fp.runs(path, rejects=True, dataset="e")
+    with pytest.raises(UsageError, match="dataset belongs to rejects; runs are chosen with job"):
+        fp.runs(path, dataset="d")
+    page = fp.report(path, tmp_path / "nights.html", nights=True, last=3, job="d", silent=True)
+    cli("report", path, "--nights", "--last", "3", "--job", "d", "--to", tmp_path / "same.html")
+    title = re.compile(r"<title>(.*?)</title>")
+    assert title.findall(page.read_text()) == title.findall((tmp_path / "same.html").read_text()) != []
+    with pytest.raises(UsageError, match="nights: leave all options out but last and job"):
+        fp.report(path, tmp_path / "x.html", nights=True, dataset="d", silent=True)
+    with pytest.raises(UsageError, match=r"last='?3'? goes with nights only"):
+        fp.report(path, tmp_path / "x.html", last=3, silent=True)
 
 
 def test_stages_are_those_that_depth_compares_and_the_bottleneck_is_named(cli) -> None:

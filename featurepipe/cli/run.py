@@ -162,11 +162,8 @@ def _named(run_id: str, chosen: Sequence[Record], records: Sequence[Record], sto
 
 
 def _rejects(args: Namespace, store: FeatureStore) -> int:
-    from featurepipe.jobs.text import current_rejects, datasets_taken, rejects_text
+    from featurepipe.functions import runs as found
+    from featurepipe.jobs.text import rejects_text
 
-    datasets = datasets_taken(store)
-    if args.dataset is not None and args.dataset not in datasets:
-        raise unknown("dataset", args.dataset, datasets, where=str(store.path), see=f"featurepipe info {store.path}")
-    chosen = datasets if args.dataset is None else [args.dataset]
-    show(args, [reject for dataset in chosen for reject in current_rejects(store, dataset)], rejects_text)
+    show(args, list(found(store, rejects=True, dataset=args.dataset)), rejects_text)
     return 0

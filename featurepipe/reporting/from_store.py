@@ -22,7 +22,7 @@ from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
 from featurepipe.reporting.blocks import metrics_elsewhere
 from featurepipe.reporting.images import ReadImage, mapped, shown_names
-from featurepipe.reporting.options import FindingsOptions
+from featurepipe.reporting.options import NIGHTS, FindingsOptions
 from featurepipe.reporting.report import Features, check_target, write_report
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import require_snapshot
@@ -57,9 +57,12 @@ def report(
     group: str | None = None,
     split_column: str | None = None,
     command: str | None = None,
+    nights: bool = False,
+    last: int | None = None,
+    job: str | None = None,
     silent: bool = False,
 ) -> Path:
-    """Writes the page of the last comparison of layers (``featurepipe.depth``), or of a trained bundle.
+    """Writes the page of the last comparison of layers (``featurepipe.depth``), of a trained bundle, or of the last runs.
 
     Args:
         store: the feature store or its path.
@@ -84,13 +87,17 @@ def report(
         group: the column of groups that a bundle is tested with, as in ``evaluate``.
         split_column: the column of splits that a bundle is tested with, as in ``evaluate``.
         command: how it was called, for the record.
+        nights: instead the trend of the last runs: images, time, drift, rejects; no other option goes with it than the next two.
+        last: how many runs, by default 30.
+        job: the job's name, or a dataset's that no job works on; by default that which ran last.
         silent: say nothing on the way.
 
     Returns:
         The file.
 
     Raises:
-        UsageError: the dataset is unknown, no comparison was made of it, or the folder of ``target`` does not exist.
+        UsageError: the dataset or job is unknown, no comparison was made of it, nothing has run, options do not go together, or
+            the folder of ``target`` does not exist.
     """
     options = FindingsOptions(
         bundle=bundle,
@@ -110,6 +117,11 @@ def report(
         group=group,
         split_column=split_column,
     )
+    if nights:
+        return _nights(store, target, options, document, last=last, job=job, silent=silent)
+    for one, value in {"last": last, "job": job}.items():
+        if value is not None:
+            raise UsageError(Message(Option(one, str(value)), " goes with ", Option("nights"), " only"))
     check_target(target)
     say = announcer(silent=silent)
     kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
@@ -143,6 +155,25 @@ def report(
         raise StoreError(f"{where} ({type(error).__name__}: {error}); compare again with featurepipe depth") from error
     look.tell_refused()
     return page
+
+
+def _nights(
+    store: FeatureStore | str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    options: FindingsOptions,
+    document: Mapping[str, Any] | None,
+    *,
+    last: int | None,
+    job: str | None,
+    silent: bool,
+) -> Path:
+    from featurepipe.reporting.nights import nights_report
+
+    if options != FindingsOptions() or document is not None:
+        raise UsageError(
+            Message(Option("nights"), ": leave all options out but ", Option("last"), " and ", Option("job"))
+        )
+    return nights_report(store, target, last=NIGHTS if last is None else last, job=job, silent=silent)
 
 
 def image_page(
