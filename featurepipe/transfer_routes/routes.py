@@ -7,8 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from tempfile import gettempdir
@@ -16,15 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.backbones import Backbone, load_backbone
-from featurepipe.backbones.from_user import check_trusted
-from featurepipe.backbones.loading import ALL as EVERY
-from featurepipe.backbones.tail import Tail, Trunk, cuts
+from featurepipe.backbones import Backbone
+from featurepipe.backbones.tail import Trunk
 from featurepipe.display import counted, size
 from featurepipe.errors import DiskFull, FeaturepipeError, Message, Option, UsageError
 from featurepipe.execution.executor import Executor
 from featurepipe.execution.local import LocalExecutor, executor_on
-from featurepipe.features.reading import opened
 from featurepipe.features.session import NetworkName
 from featurepipe.features.settings import Machine
 from featurepipe.layer_depth.document import provenance
@@ -33,15 +29,14 @@ from featurepipe.layer_depth.measure import FEW, NODE_SECONDS, TimedForward, Tim
 from featurepipe.layer_depth.options import DepthOptions
 from featurepipe.layer_depth.phases import EXTRACT, MEASURE, Phases
 from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
-from featurepipe.layer_depth.study import PRETRAINED, DepthColumn, choose_columns, columns_of_space
+from featurepipe.layer_depth.study import PRETRAINED
 from featurepipe.option_groups import as_asked, declared
-from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier, told_apart
+from featurepipe.prediction.own_classes import OwnClassifier
 from featurepipe.progress import Silent, announcer, show, spoken, took
 from featurepipe.reporting.from_store import last_source
 from featurepipe.reporting.report import check_target, write_report
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
-from featurepipe.store.choice import choose_space
 from featurepipe.store.feature_store import is_store
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of
@@ -65,24 +60,17 @@ from featurepipe.transfer_routes.options import (
     FROM_IMAGES,
     FULL,
     LAYERS,
-    NO_CLASSES,
     NODE,
     SCRATCH,
     TAIL,
     RoutesOptions,
-    cannot_be_taken,
 )
-from featurepipe.transfer_routes.similarity import NOISE, SAMPLED, similarity, source_options
-from featurepipe.transfer_routes.study import RoutesStudy, settle_routes
+from featurepipe.transfer_routes.similarity import NOISE, SAMPLED, similarity
+from featurepipe.transfer_routes.study import RoutesPlan, RoutesStudy, labels_meant, planned, settle_routes
 from featurepipe.transfer_routes.trials import Route, RoutesContext, RoutesImages, RouteTrial
-from featurepipe.tuning.from_images import check_room, located, precision_of, recorded_source
+from featurepipe.tuning.from_images import check_room, located, precision_of
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.work import named, network_of
-
-FROZEN_AT = (0.4, 0.65, 0.85)
-"""Shares of the network's operations at about which frozen nodes are compared with the bottleneck."""
-CUT_AT = 0.65
-"""Share of the network's operations at about which it is cut: what lies below is computed once."""
 
 COMPARE = "compare"
 PHASES = {
@@ -198,7 +186,7 @@ def routes(
     layers = DepthOptions(max_width=max_width, **RoleOptions.of(options).arguments())
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code)
     with executor_on(None if dry_run else cluster, say=say) as executor:
-        plan = _planned(wanted, options, labels, extraction or {}, Silent().say if dry_run else say)
+        plan = planned(wanted, options, labels, extraction or {}, Silent().say if dry_run else say)
         arguments = {**(extraction or {}), "cluster": executor}
         if dry_run:
             return _outlook(extracted(plan.wanted, dict(arguments), dry_run=True, say=say), plan, options)
@@ -300,7 +288,7 @@ def _nothing_fits(budget: float, untried: Sequence[Untried]) -> UsageError:
     )  # fmt: skip
 
 
-def _lacks_activations(plan: _Plan) -> bool:
+def _lacks_activations(plan: RoutesPlan) -> bool:
     """Whether activations of images are yet to be computed, as far as the store's feature spaces tell."""
     wanted = plan.wanted
     if is_store(wanted.source) or not wanted.further:
@@ -312,7 +300,7 @@ def _lacks_activations(plan: _Plan) -> bool:
     return not any(set(wanted.further) <= set(space.columns()) for space in kept.spaces())
 
 
-def _outlook(found: Extracted, plan: _Plan, options: RoutesOptions) -> dict[str, Any]:
+def _outlook(found: Extracted, plan: RoutesPlan, options: RoutesOptions) -> dict[str, Any]:
     """What a dry run says: columns, what is to be extracted to where, and how long routes take with all images."""
     nodes = _nodes(found, plan)
     timing = Timing(found.backbone.name, nodes, "fp32", found.machine.device, FEW)
@@ -386,173 +374,7 @@ def _options(**asked: Any) -> RoutesOptions:
     return RoutesOptions(**asked)
 
 
-@dataclass
-class _Plan:
-    """What is read of the network.
-
-    Attributes:
-        wanted: what is asked for, with the nodes and activations.
-        bottleneck: the column of the bottleneck.
-        cuts: the column of the activations at each cut.
-        unable: routes that cannot be taken, and why.
-        say: told of these, too.
-        blocks: values of an image in the column of each block.
-        lacking: columns of blocks that the store does not have.
-    """
-
-    wanted: Wanted
-    bottleneck: str
-    cuts: dict[str, str]
-    unable: dict[str, str]
-    say: Callable[[str], None]
-    blocks: dict[str, int] = field(default_factory=dict)
-    lacking: list[str] = field(default_factory=list)
-
-    def refuse(self, kind: str, why: str, options: RoutesOptions) -> None:
-        """Leaves a route out, keeps and says why; one that was asked for by name is an error.
-
-        Raises:
-            UsageError: It was.
-        """
-        if options.routes is not None:
-            raise cannot_be_taken(kind, why)
-        self.unable[kind] = why
-        self.say(f"without the route {kind}: {why}")
-
-
-def _network_name(wanted: Wanted) -> str:
-    from featurepipe.extraction.extract import network_for
-
-    store = DEFAULT_STORE if wanted.store is None else wanted.store
-    return network_for(store, wanted.backbone, wanted.weights, Silent().say)  # the extraction says which
-
-
-def _planned(
-    wanted: Wanted, options: RoutesOptions, labels: Any, extraction: Mapping[str, Any], say: Callable[[str], None]
-) -> _Plan:
-    """Which columns of which nodes are read, of a store those that it has."""
-    held: Mapping[str, Any] | None = None
-    if is_store(wanted.source):
-        kept = wanted.source if isinstance(wanted.source, FeatureStore) else FeatureStore(wanted.source, create=False)
-        space = choose_space(kept, wanted.backbone, wanted.dataset or kept.only_dataset())
-        if wanted.backbone != space.backbone:
-            check_trusted(space.backbone, wanted.trust_code, named_by="the store")
-        network, held = load_backbone(space.backbone, "none"), space.columns()
-        every: Sequence[str] = columns_of_space(network, space, options.max_width)
-    else:
-        network, every = load_backbone(_network_name(wanted), wanted.weights), [AUTO]
-    (bottleneck,) = map(str, network.columns(["bottleneck"]))
-    plan = _Plan(wanted, bottleneck, {}, {}, say)
-    if held is not None and bottleneck not in held:
-        raise UsageError(
-            f"{kept.path} has no {bottleneck}, the bottleneck of {network.name}, which every route reads; it has "
-            f"{', '.join(held)}. Give the images as the source, and the store with --store"
-        )
-    asked = [wanted.nodes] if isinstance(wanted.nodes, str) else list(wanted.nodes)
-    some = choose_columns(network, every if asked == [AUTO] else asked, None, options.max_width)
-    if asked == [AUTO]:
-        some = _few(some)
-    names = list(dict.fromkeys([*(column.column for column in some), bottleneck]))
-    if AS_IT_IS in options.kinds and options.target_type != "multiclass":
-        plan.refuse(AS_IT_IS, NO_CLASSES, options)
-    if TAIL in options.kinds:
-        _plan_cuts(plan, network, options, held)
-    if LAYERS in options.kinds:
-        _plan_blocks(plan, network, options, held)
-    further = [column for column in (*plan.cuts.values(), *plan.blocks) if column not in names]
-    plan.wanted = replace(wanted, nodes=names, further=list(dict.fromkeys(further)))
-    is_random = network.is_random
-    if held is not None:
-        is_random = bool(space.notes.get("backbone", {}).get("random"))
-    _plan_images(plan, options, None if held is None else kept, is_random=is_random)
-    is_asked = options.routes is not None and AS_IT_IS in options.kinds
-    if (
-        is_asked and held is None and labels is None and options.label is None
-    ):  # others are joined to images that are known
-        _plan_own_classes(plan, network, options, extraction)
-    return plan
-
-
-def _few(columns: Sequence[DepthColumn]) -> list[DepthColumn]:
-    """The columns nearest to some shares of the network's operations."""
-    near = [min(columns, key=lambda column: abs(column.cost - share)) for share in FROZEN_AT]
-    return [column for column in columns if column in near]
-
-
-def _plan_cuts(plan: _Plan, network: Backbone, options: RoutesOptions, held: Mapping[str, Any] | None) -> None:
-    if options.cuts != (AUTO,):
-        for node in options.cuts:
-            plan.cuts[node] = _tail_at(network, node).column
-    else:
-        usable = cuts(network)
-        if not usable:
-            plan.refuse(TAIL, f"{network.name} cannot be traced by torch.fx, so that it cannot be cut", options)
-            return
-        columns = {node: _tail_at(network, node).column for node in usable}
-        there = [node for node in usable if held is None or columns[node] in held] or usable
-        node = min(there, key=lambda name: abs(network.node(name).cost - CUT_AT))
-        plan.cuts[node] = columns[node]
-    missing = [] if held is None else [column for column in plan.cuts.values() if column not in held]
-    if missing:
-        plan.cuts.clear()
-        why = f"the store has no activations {', '.join(missing)}; give the images as the source, and the store with --store"
-        plan.refuse(TAIL, why, options)
-
-
-def _plan_blocks(plan: _Plan, network: Backbone, options: RoutesOptions, held: Mapping[str, Any] | None) -> None:
-    """The columns of all blocks, or those of them that a store has."""
-    every = network.columns([EVERY])
-    widths = {str(column): math.prod(network.feature_shape(column)) for column in every}
-    plan.blocks = {column: width for column, width in widths.items() if held is None or column in held}
-    plan.lacking = [column for column in widths if column not in plan.blocks]
-    if len(plan.blocks) < 2:
-        have = "one column has" if held is None else f"the store has {len(plan.blocks)} of the {len(widths)} columns of"
-        why = f"{have} all blocks of {network.name}, and it takes two; give the images as the source, and the store with --store"
-        plan.blocks = {}
-        plan.refuse(LAYERS, why, options)
-
-
-def _plan_own_classes(plan: _Plan, network: Backbone, options: RoutesOptions, extraction: Mapping[str, Any]) -> None:
-    """Whether some label of the images is one of the network's own classes, before any is computed, if that was asked for."""
-    with closing(opened(plan.wanted.source, source_options(extraction))) as images:
-        listed = sorted({label for label in images.scan().column("label").to_pylist() if label is not None})
-    classes = told_apart(network.classes)
-    if listed and classes and not _are_known(_matched(classes, listed, options), listed):
-        plan.refuse(AS_IT_IS, _unmatched(network, listed), options)
-
-
-def _plan_images(plan: _Plan, options: RoutesOptions, store: FeatureStore | None, *, is_random: bool) -> None:
-    """Whether images can be learned from."""
-    wanted = [kind for kind in FROM_IMAGES if kind in options.kinds]
-    if FULL in wanted and is_random:
-        plan.refuse(FULL, f"the network's weights are random: tuning all of them is the route {SCRATCH}", options)
-        wanted.remove(FULL)
-    why = ""
-    if find_spec("lightning_fabric") is None:
-        why = "learning from images needs Lightning Fabric; run: pip install 'featurepipe[tune]'"
-    elif store is not None and wanted:
-        try:
-            source, _ = recorded_source(store, plan.wanted.dataset or store.only_dataset())
-            source.close()
-        except UsageError as error:
-            why = str(error)
-    if why:
-        for kind in wanted:
-            plan.refuse(kind, why, options)
-
-
-def _tail_at(network: Backbone, node: str) -> Tail:
-    try:
-        return Tail(network, node)
-    except UsageError as error:
-        message = error.message
-        parts = [
-            Option("cuts", p.value) if isinstance(p, Option) and p.name == "from_node" else p for p in message.parts
-        ]
-        raise UsageError(Message(*parts)) from error
-
-
-def _nodes(found: Extracted, plan: _Plan) -> tuple[str, ...]:
+def _nodes(found: Extracted, plan: RoutesPlan) -> tuple[str, ...]:
     """Nodes up to which the forward is timed."""
     nodes = [*(column.node for column in found.columns), plan.bottleneck.partition(":")[0], *plan.cuts]
     nodes += [column.partition(":")[0] for column in list(plan.blocks)[-1:]]  # the last one tells how long all take
@@ -562,7 +384,7 @@ def _nodes(found: Extracted, plan: _Plan) -> tuple[str, ...]:
 def _context(
     found: Extracted,
     study: RoutesStudy,
-    plan: _Plan,
+    plan: RoutesPlan,
     options: RoutesOptions,
     loaded: _Loaded | UsageError,
     extraction: Mapping[str, Any],
@@ -602,7 +424,7 @@ def _context(
     return context, _ways(found, plan, kinds)
 
 
-def _ways(found: Extracted, plan: _Plan, kinds: Sequence[str]) -> list[Route]:
+def _ways(found: Extracted, plan: RoutesPlan, kinds: Sequence[str]) -> list[Route]:
     """The routes of some kinds, with what they read."""
     columns = tuple(column.column for column in found.columns)
     width = {column.column: column.width for column in found.columns}
@@ -650,7 +472,7 @@ def _lacks_room(network: Backbone, options: RoutesOptions, machine: Machine) -> 
 _Loaded = tuple[Backbone, NetworkName]
 
 
-def _with_weights(found: Extracted, plan: _Plan, trust_code: bool | Collection[str]) -> _Loaded | UsageError:
+def _with_weights(found: Extracted, plan: RoutesPlan, trust_code: bool | Collection[str]) -> _Loaded | UsageError:
     """The network with the weights that made the features, and how other processes load it; or why it cannot be had."""
     asked = found.wanted.weights
     if not found.is_held:
@@ -685,23 +507,6 @@ def _similarity(
     )  # fmt: skip
 
 
-def _matched(classes: Sequence[str], labels: list[str], options: RoutesOptions) -> LabelsOfClasses:
-    if options.mapping is None:
-        return LabelsOfClasses.by_name(classes, labels)
-    return LabelsOfClasses.given(options.mapping, classes)
-
-
-def _are_known(matched: LabelsOfClasses, labels: list[str]) -> bool:
-    return any(label in labels for label in matched.labels)
-
-
-def _unmatched(network: Backbone, labels: list[str]) -> Message:
-    return Message(
-        f"none of the labels ({', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}) is the name of a class that "
-        f"{network.name} was trained on; which class means which label can be said with ", Option("mapping", "FILE.csv")
-    )  # fmt: skip
-
-
 def _places(network: Backbone, study: RoutesStudy, options: RoutesOptions) -> tuple[Any, str | Message]:
     """Which label each of the network's own classes means, (K,) with -1 for none; or None, and why."""
     try:
@@ -709,8 +514,8 @@ def _places(network: Backbone, study: RoutesStudy, options: RoutesOptions) -> tu
     except FeaturepipeError as error:
         return None, str(error)
     labels = list(map(str, study.every.classes))
-    matched = _matched(own.classes, labels, options)
-    if not _are_known(matched, labels):
-        return None, _unmatched(network, labels)
+    matched = labels_meant(network, own.classes, labels, options)
+    if isinstance(matched, Message):
+        return None, matched
     number = np.array([labels.index(label) if label in labels else -1 for label in matched.labels] + [-1], np.int64)
     return number[matched.places], ""

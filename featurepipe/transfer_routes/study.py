@@ -1,26 +1,246 @@
-"""A comparison of routes with everything settled: who is tested, and which images train for each size and seed."""
+"""What is settled of a comparison of routes: which can be taken and what they read; who is tested, who trains in each draw."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from featurepipe.backbones import Backbone, load_backbone
+from featurepipe.backbones.from_user import check_trusted
+from featurepipe.backbones.loading import ALL as EVERY
+from featurepipe.backbones.tail import Tail, cuts
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
+from featurepipe.extraction.extract import network_for
+from featurepipe.features.reading import opened
 from featurepipe.layer_depth.folds import LEFT_OUT, Codes, Fold, Positions, settle_elsewhere, with_choices
-from featurepipe.layer_depth.sources import Extracted
-from featurepipe.layer_depth.study import PRETRAINED, Protocol, Study, learnable, with_roles_elsewhere
-from featurepipe.store import FeatureSet
+from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted
+from featurepipe.layer_depth.study import (
+    PRETRAINED,
+    DepthColumn,
+    Protocol,
+    Study,
+    choose_columns,
+    columns_of_space,
+    learnable,
+    with_roles_elsewhere,
+)
+from featurepipe.prediction.own_classes import LabelsOfClasses, told_apart
+from featurepipe.progress import Silent
+from featurepipe.store import FeatureSet, FeatureStore
+from featurepipe.store.choice import choose_space
+from featurepipe.store.feature_store import is_store
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
 from featurepipe.training.splits import TEST_FOLDS, hold_out_test, refuse_groups_across
-from featurepipe.transfer_routes.options import ALL, RoutesOptions
+from featurepipe.transfer_routes.options import (
+    ALL,
+    AS_IT_IS,
+    AUTO,
+    FROM_IMAGES,
+    FULL,
+    LAYERS,
+    NO_CLASSES,
+    SCRATCH,
+    TAIL,
+    RoutesOptions,
+    cannot_be_taken,
+)
+from featurepipe.transfer_routes.similarity import source_options
+from featurepipe.tuning.from_images import recorded_source
 
 VERSION = 1
 """Goes up when the same settings would measure something else."""
+FROZEN_AT = (0.4, 0.65, 0.85)
+"""Shares of the network's operations at about which frozen nodes are compared with the bottleneck."""
+CUT_AT = 0.65
+"""Share of the network's operations at about which it is cut: what lies below is computed once."""
+
+
+@dataclass
+class RoutesPlan:
+    """What is read of the network.
+
+    Attributes:
+        wanted: what is asked for, with the nodes and activations.
+        bottleneck: the column of the bottleneck.
+        cuts: the column of the activations at each cut.
+        unable: routes that cannot be taken, and why.
+        say: told of these, too.
+        blocks: values of an image in the column of each block.
+        lacking: columns of blocks that the store does not have.
+    """
+
+    wanted: Wanted
+    bottleneck: str
+    cuts: dict[str, str]
+    unable: dict[str, str]
+    say: Callable[[str], None]
+    blocks: dict[str, int] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list)
+
+    def refuse(self, kind: str, why: str, options: RoutesOptions) -> None:
+        """Leaves a route out, keeps and says why; one that was asked for by name is an error.
+
+        Raises:
+            UsageError: It was.
+        """
+        if options.routes is not None:
+            raise cannot_be_taken(kind, why)
+        self.unable[kind] = why
+        self.say(f"without the route {kind}: {why}")
+
+
+def _network_name(wanted: Wanted) -> str:
+    store = DEFAULT_STORE if wanted.store is None else wanted.store
+    return network_for(store, wanted.backbone, wanted.weights, Silent().say)  # the extraction says which
+
+
+def planned(
+    wanted: Wanted, options: RoutesOptions, labels: Any, extraction: Mapping[str, Any], say: Callable[[str], None]
+) -> RoutesPlan:
+    """Which columns of which nodes are read, of a store those that it has."""
+    held: Mapping[str, Any] | None = None
+    if is_store(wanted.source):
+        kept = wanted.source if isinstance(wanted.source, FeatureStore) else FeatureStore(wanted.source, create=False)
+        space = choose_space(kept, wanted.backbone, wanted.dataset or kept.only_dataset())
+        if wanted.backbone != space.backbone:
+            check_trusted(space.backbone, wanted.trust_code, named_by="the store")
+        network, held = load_backbone(space.backbone, "none"), space.columns()
+        every: Sequence[str] = columns_of_space(network, space, options.max_width)
+    else:
+        network, every = load_backbone(_network_name(wanted), wanted.weights), [AUTO]
+    (bottleneck,) = map(str, network.columns(["bottleneck"]))
+    plan = RoutesPlan(wanted, bottleneck, {}, {}, say)
+    if held is not None and bottleneck not in held:
+        raise UsageError(
+            f"{kept.path} has no {bottleneck}, the bottleneck of {network.name}, which every route reads; it has "
+            f"{', '.join(held)}. Give the images as the source, and the store with --store"
+        )
+    asked = [wanted.nodes] if isinstance(wanted.nodes, str) else list(wanted.nodes)
+    some = choose_columns(network, every if asked == [AUTO] else asked, None, options.max_width)
+    if asked == [AUTO]:
+        some = _few(some)
+    names = list(dict.fromkeys([*(column.column for column in some), bottleneck]))
+    if AS_IT_IS in options.kinds and options.target_type != "multiclass":
+        plan.refuse(AS_IT_IS, NO_CLASSES, options)
+    if TAIL in options.kinds:
+        _plan_cuts(plan, network, options, held)
+    if LAYERS in options.kinds:
+        _plan_blocks(plan, network, options, held)
+    further = [column for column in (*plan.cuts.values(), *plan.blocks) if column not in names]
+    plan.wanted = replace(wanted, nodes=names, further=list(dict.fromkeys(further)))
+    is_random = network.is_random
+    if held is not None:
+        is_random = bool(space.notes.get("backbone", {}).get("random"))
+    _plan_images(plan, options, None if held is None else kept, is_random=is_random)
+    is_asked = options.routes is not None and AS_IT_IS in options.kinds
+    if (
+        is_asked and held is None and labels is None and options.label is None
+    ):  # others are joined to images that are known
+        _plan_own_classes(plan, network, options, extraction)
+    return plan
+
+
+def _few(columns: Sequence[DepthColumn]) -> list[DepthColumn]:
+    """The columns nearest to some shares of the network's operations."""
+    near = [min(columns, key=lambda column: abs(column.cost - share)) for share in FROZEN_AT]
+    return [column for column in columns if column in near]
+
+
+def _plan_cuts(plan: RoutesPlan, network: Backbone, options: RoutesOptions, held: Mapping[str, Any] | None) -> None:
+    if options.cuts != (AUTO,):
+        for node in options.cuts:
+            plan.cuts[node] = _tail_at(network, node).column
+    else:
+        usable = cuts(network)
+        if not usable:
+            plan.refuse(TAIL, f"{network.name} cannot be traced by torch.fx, so that it cannot be cut", options)
+            return
+        columns = {node: _tail_at(network, node).column for node in usable}
+        there = [node for node in usable if held is None or columns[node] in held] or usable
+        node = min(there, key=lambda name: abs(network.node(name).cost - CUT_AT))
+        plan.cuts[node] = columns[node]
+    missing = [] if held is None else [column for column in plan.cuts.values() if column not in held]
+    if missing:
+        plan.cuts.clear()
+        why = f"the store has no activations {', '.join(missing)}; give the images as the source, and the store with --store"
+        plan.refuse(TAIL, why, options)
+
+
+def _plan_blocks(plan: RoutesPlan, network: Backbone, options: RoutesOptions, held: Mapping[str, Any] | None) -> None:
+    """The columns of all blocks, or those of them that a store has."""
+    every = network.columns([EVERY])
+    widths = {str(column): math.prod(network.feature_shape(column)) for column in every}
+    plan.blocks = {column: width for column, width in widths.items() if held is None or column in held}
+    plan.lacking = [column for column in widths if column not in plan.blocks]
+    if len(plan.blocks) < 2:
+        have = "one column has" if held is None else f"the store has {len(plan.blocks)} of the {len(widths)} columns of"
+        why = f"{have} all blocks of {network.name}, and it takes two; give the images as the source, and the store with --store"
+        plan.blocks = {}
+        plan.refuse(LAYERS, why, options)
+
+
+def _plan_own_classes(
+    plan: RoutesPlan, network: Backbone, options: RoutesOptions, extraction: Mapping[str, Any]
+) -> None:
+    """Whether some label of the images is one of the network's own classes, before any is computed, if that was asked for."""
+    with closing(opened(plan.wanted.source, source_options(extraction))) as images:
+        listed = sorted({label for label in images.scan().column("label").to_pylist() if label is not None})
+    classes = told_apart(network.classes)
+    if listed and classes and isinstance(why := labels_meant(network, classes, listed, options), Message):
+        plan.refuse(AS_IT_IS, why, options)
+
+
+def _plan_images(plan: RoutesPlan, options: RoutesOptions, store: FeatureStore | None, *, is_random: bool) -> None:
+    """Whether images can be learned from."""
+    wanted = [kind for kind in FROM_IMAGES if kind in options.kinds]
+    if FULL in wanted and is_random:
+        plan.refuse(FULL, f"the network's weights are random: tuning all of them is the route {SCRATCH}", options)
+        wanted.remove(FULL)
+    why = ""
+    if find_spec("lightning_fabric") is None:
+        why = "learning from images needs Lightning Fabric; run: pip install 'featurepipe[tune]'"
+    elif store is not None and wanted:
+        try:
+            source, _ = recorded_source(store, plan.wanted.dataset or store.only_dataset())
+            source.close()
+        except UsageError as error:
+            why = str(error)
+    if why:
+        for kind in wanted:
+            plan.refuse(kind, why, options)
+
+
+def _tail_at(network: Backbone, node: str) -> Tail:
+    try:
+        return Tail(network, node)
+    except UsageError as error:
+        message = error.message
+        parts = [
+            Option("cuts", p.value) if isinstance(p, Option) and p.name == "from_node" else p for p in message.parts
+        ]
+        raise UsageError(Message(*parts)) from error
+
+
+def labels_meant(
+    network: Backbone, classes: Sequence[str], labels: list[str], options: RoutesOptions
+) -> LabelsOfClasses | Message:
+    """Which of the labels each of the network's own classes means; or why none is meant."""
+    given = options.mapping
+    found = LabelsOfClasses.by_name(classes, labels) if given is None else LabelsOfClasses.given(given, classes)
+    if any(label in labels for label in found.labels):
+        return found
+    return Message(
+        f"none of the labels ({', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}) is the name of a class that "
+        f"{network.name} was trained on; which class means which label can be said with ", Option("mapping", "FILE.csv")
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
