@@ -49,6 +49,19 @@ class RouteCosts:
         return self.features + self.fit
 
 
+def compared(
+    study: RoutesStudy, measured: Sequence[MeasuredRoute], milliseconds: Mapping[str, float], bottleneck: str
+) -> dict[str, Any]:
+    """What was found, as JSON values: ``results``, ``differences`` and ``recommended``; arguments as those of `costs_of`."""
+    costs = {(one.route.name, one.size): costs_of(study, one, milliseconds, bottleneck) for one in measured}
+    between = differences(study, measured)
+    return {
+        "results": results(study, measured, costs),
+        "differences": between,
+        "recommended": recommended(study, measured, costs, between),
+    }
+
+
 def costs_of(
     study: RoutesStudy, found: MeasuredRoute, milliseconds: Mapping[str, float], bottleneck: str
 ) -> RouteCosts:

@@ -223,11 +223,6 @@ def routes(
         if diverged := [one.why for one in untried if one.why != OVER_BUDGET]:
             raise UsageError(Message("no route has a result: ", diverged[0]))
         raise _nothing_fits(options.budget or 0.0, untried)
-    costs = {
-        (one.route.name, one.size): answers.costs_of(study, one, times["milliseconds"], plan.bottleneck)
-        for one in known
-    }
-    between = answers.differences(study, known)
     answer = {
         "kind": "routes",
         "version": 1,
@@ -237,18 +232,7 @@ def routes(
         "space": {"name": found.space_name, "fingerprint": study.every.spaces[PRETRAINED]},
         "test_dataset": found.shifted_dataset,
         "labels": compared_labels(labels),
-        "target_type": options.target_type,
-        "measure": study.every.measure,
-        "classes": list(study.every.classes),
-        "images": len(study.every.images),
-        "counts": {
-            "test": len(study.test),
-            "train": len(study.pool),
-            "shifted": 0 if study.every.elsewhere is None else len(study.every.elsewhere.rows),
-            **study.every.left_out,
-        },
-        "per": study.per,
-        "protocol": study.text,
+        **study.about(),
         "timing": {**timing.as_dict(), "waited": times["waited"]},
         "similarity": alike,
         "columns": [column.as_dict() for column in found.columns],
@@ -256,9 +240,7 @@ def routes(
         "blocks": list(plan.blocks),
         "blocks_lacking": list(plan.lacking),
         "sizes": [size.as_dict() for size in study.sizes],
-        "results": answers.results(study, known, costs),
-        "differences": between,
-        "recommended": answers.recommended(study, known, costs, between),
+        **answers.compared(study, known, times["milliseconds"], plan.bottleneck),
         "not_tried": answers.not_tried(untried, plan.unable),
         "damaged": found.damaged,
     }

@@ -316,6 +316,24 @@ class RoutesStudy:
             "the smaller one of its seed. A fifth of a draw is set aside to choose parameters and when to stop."
         )
 
+    def about(self) -> dict[str, Any]:
+        """What is learned of how many images, and how it is measured, as JSON values."""
+        every = self.every
+        return {
+            "target_type": every.protocol.target_type,
+            "measure": every.measure,
+            "classes": list(every.classes),
+            "images": len(every.images),
+            "counts": {
+                "test": len(self.test),
+                "train": len(self.pool),
+                "shifted": 0 if every.elsewhere is None else len(every.elsewhere.rows),
+                **every.left_out,
+            },
+            "per": self.per,
+            "protocol": self.text,
+        }
+
 
 PER = {"multiclass": "class", "multilabel": "label", "continuous": "tenth of the numbers"}
 PER_LONG = {
