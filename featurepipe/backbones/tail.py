@@ -1,14 +1,15 @@
-"""Layers of a network that can be trained: those above a node, from stored activations, or all, from images."""
+"""Layers of a network that can be trained, above a node, from stored activations, or all, from images; and a head on them."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,6 +21,9 @@ from featurepipe.errors import Message, Option, UsageError
 
 if TYPE_CHECKING:
     from featurepipe.backbones.loading import Backbone
+
+
+State = dict[str, Tensor]
 
 
 class TunedLayers(nn.Module):
@@ -207,6 +211,42 @@ class Trunk(TunedLayers):
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._kept = output
+
+
+class Model(nn.Module):
+    """A body that makes features (N, D), and a linear head (K, D) on them.
+
+    Args:
+        body: What makes features.
+        weight: (K, D), of the head.
+        bias: (K,).
+    """
+
+    def __init__(self, body: TunedLayers, weight: npt.NDArray[Any], bias: npt.NDArray[Any]) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            self.head.weight.copy_(torch.from_numpy(np.asarray(weight, np.float32)))
+            self.head.bias.copy_(torch.from_numpy(np.asarray(bias, np.float32)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Scores (N, K)."""
+        scores: Tensor = self.head(self.body(inputs))
+        return scores
+
+    def weights(self) -> State:
+        """A copy of all that learns, by name: parameters, and statistics of BatchNorm where they are trained."""
+        learns: State = {name: value for name, value in self.named_parameters() if value.requires_grad}
+        learns |= {f"body.network.{name}": value for name, value in self.body.statistics().items()}
+        return {name: value.detach().clone() for name, value in learns.items()}
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes over what `weights` gave."""
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        with torch.no_grad():
+            for name, value in weights.items():
+                own[name].copy_(value)
 
 
 def refuse_joined(backbone: Backbone) -> None:

@@ -433,9 +433,9 @@ def _tuned(
     """Tunes layers from an exact head, or from a random one; those from pretrained weights are mixed with these."""
     import torch
 
+    from featurepipe.backbones.tail import Model
     from featurepipe.tuning.loop import (
         LossNotFinite,
-        Model,
         TuningCheckpoint,
         TuningObjective,
         TuningRun,

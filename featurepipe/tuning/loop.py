@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featurepipe.backbones.tail import TunedLayers
+from featurepipe.backbones.tail import Model, State
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.progress import Progress
@@ -134,8 +134,6 @@ class TuningObjective:
         return (scores[:, 0] - torch.from_numpy((answers - self.centre) / self.scale).to(scores)) ** 2
 
 
-State = dict[str, Tensor]
-
 SAVE_SECONDS = 30.0
 """How long after a checkpoint the next one is due."""
 SAVE_SHARE = 0.1
@@ -168,42 +166,6 @@ class Examples(Protocol):
 
 Draw = tuple[int, int]
 """The seed of a run, and the epoch."""
-
-
-class Model(nn.Module):
-    """A body that makes features (N, D), and a linear head (K, D) on them.
-
-    Args:
-        body: What makes features.
-        weight: (K, D), of the head.
-        bias: (K,).
-    """
-
-    def __init__(self, body: TunedLayers, weight: npt.NDArray[Any], bias: npt.NDArray[Any]) -> None:
-        super().__init__()
-        self.body = body
-        self.head = nn.Linear(weight.shape[1], weight.shape[0])
-        with torch.no_grad():
-            self.head.weight.copy_(torch.from_numpy(np.asarray(weight, np.float32)))
-            self.head.bias.copy_(torch.from_numpy(np.asarray(bias, np.float32)))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Scores (N, K)."""
-        scores: Tensor = self.head(self.body(inputs))
-        return scores
-
-    def weights(self) -> State:
-        """A copy of all that learns, by name: parameters, and statistics of BatchNorm where they are trained."""
-        learns: State = {name: value for name, value in self.named_parameters() if value.requires_grad}
-        learns |= {f"body.network.{name}": value for name, value in self.body.statistics().items()}
-        return {name: value.detach().clone() for name, value in learns.items()}
-
-    def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes over what `weights` gave."""
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        with torch.no_grad():
-            for name, value in weights.items():
-                own[name].copy_(value)
 
 
 @dataclass

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featurepipe.backbones.tail import Tail, TunedLayers
+from featurepipe.backbones.tail import Model, State, Tail, TunedLayers
 from featurepipe.display import counted
 from featurepipe.errors import Interrupted
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
@@ -33,9 +33,7 @@ from featurepipe.tuning.loop import (
     Examples,
     Floats,
     LossNotFinite,
-    Model,
     Rows,
-    State,
     Tuning,
     TuningCheckpoint,
     TuningObjective,

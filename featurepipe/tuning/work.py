@@ -20,7 +20,7 @@ import torch
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import NUMERICS
 from featurepipe.backbones.from_user import check_trusted
-from featurepipe.backbones.tail import TunedLayers
+from featurepipe.backbones.tail import Model, TunedLayers
 from featurepipe.backbones.weights import LIKE
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
@@ -48,7 +48,6 @@ from featurepipe.training.train import UNCHANGED, labels_name, roles_asked
 from featurepipe.tuning.activations import step_seconds
 from featurepipe.tuning.loop import (
     Examples,
-    Model,
     Rows,
     TuningCheckpoint,
     TuningObjective,

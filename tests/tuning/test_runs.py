@@ -15,12 +15,13 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 import featurepipe as fp
+from featurepipe.backbones.tail import Model
 from featurepipe.errors import UsageError
 from featurepipe.execution.dask import DaskExecutor
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.tuning import loop, runs
 from featurepipe.tuning.finetune import finetune
-from featurepipe.tuning.loop import LossNotFinite, Model, TuningObjective
+from featurepipe.tuning.loop import LossNotFinite, TuningObjective
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.runs import MIXES, adopt_best_mix, exact_head, with_loss_left
 
