@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from featurepipe.backbones import fusion, nodes
 from featurepipe.backbones.engine import DTYPES
 from featurepipe.backbones.pooling import pool
+from featurepipe.backbones.weights import LIKE
 from featurepipe.errors import Message, Option, UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +62,17 @@ class TunedLayers(nn.Module):
     def learning(self, draw: tuple[int, ...]) -> Iterator[None]:  # noqa: ARG002 - of subclasses
         """While the block runs, a step is made; ``draw`` is what random changes, as those of dropout, follow from."""
         yield
+
+    def save(self, backbone: Backbone, path: Path) -> None:
+        """Writes all weights of the network, with the tuned ones in place, as a .safetensors file."""
+        from safetensors.torch import save_file
+
+        state = {name: value.clone() for name, value in backbone.state().items()}
+        learned = {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+        for name, value in {**learned, **self.statistics()}.items():
+            state[name] = value.detach().cpu().to(state.get(name, value).dtype)
+        metadata = {} if backbone.like is None else {LIKE: backbone.like}
+        save_file({name: value.contiguous() for name, value in state.items()}, path, metadata)
 
     def folded(self) -> nn.Module:
         """The layers with frozen BatchNorm folded into convolutions over the same parameters; as they are, if not traced."""

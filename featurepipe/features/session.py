@@ -62,6 +62,12 @@ class NetworkName:
     seed: int
     identity: str
 
+    @classmethod
+    def of(cls, backbone: Backbone, weights: str, seed: int, *, name: str | None = None) -> Self:
+        """A network that was loaded here, from weights as they were asked for, by its own name or another one."""
+        weights = str(Path(weights).absolute()) if Path(weights).is_file() else weights
+        return cls(name or backbone.name, weights, seed, canonical_json(identity_of(backbone)))
+
 
 @dataclass(frozen=True)
 class LoadedNetwork:
@@ -111,8 +117,7 @@ class Session:
         loaded: LoadedNetwork | None = None,
     ) -> Self:
         """A session of a network that this process has loaded."""
-        weights = str(Path(options.weights).absolute()) if Path(options.weights).is_file() else options.weights
-        name = NetworkName(options.backbone, weights, options.seed, canonical_json(identity_of(backbone)))
+        name = NetworkName.of(backbone, options.weights, options.seed, name=options.backbone)
         damage, loaded = DamageOptions.of(options), loaded or LoadedNetwork(backbone)
         return cls(name, tuple(columns), machine, options.workers, damage=damage, loaded=loaded)
 

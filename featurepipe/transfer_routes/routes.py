@@ -70,7 +70,7 @@ from featurepipe.transfer_routes.study import RoutesPlan, RoutesStudy, labels_me
 from featurepipe.transfer_routes.trials import Route, RoutesContext, RoutesImages, RouteTrial
 from featurepipe.tuning.from_images import check_room, located, precision_of
 from featurepipe.tuning.options import TuneOptions
-from featurepipe.tuning.work import named, network_of
+from featurepipe.tuning.work import network_of
 
 COMPARE = "compare"
 PHASES = {
@@ -458,7 +458,7 @@ def _with_weights(found: Extracted, plan: RoutesPlan, trust_code: bool | Collect
     """The network with the weights that made the features, and how other processes load it; or why it cannot be had."""
     asked = found.wanted.weights
     if not found.is_held:
-        return found.backbone, named(found.backbone, asked, int(found.backbone_record["seed"] or 0))
+        return found.backbone, NetworkName.of(found.backbone, asked, int(found.backbone_record["seed"] or 0))
     space = found.store.space(found.spaces[PRETRAINED])
     own = None if asked == "DEFAULT" else asked
     try:

@@ -21,11 +21,10 @@ from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import NUMERICS
 from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.tail import Model, TunedLayers
-from featurepipe.backbones.weights import LIKE
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
-from featurepipe.features.session import NetworkName, identity_of
+from featurepipe.features.session import NetworkName
 from featurepipe.features.settings import Settings
 from featurepipe.heads.linear.linear_map import head_of_map
 from featurepipe.interrupt import StopRequest
@@ -35,7 +34,6 @@ from featurepipe.store import FeatureStore, Space, fingerprint
 from featurepipe.store.choice import is_mirrored
 from featurepipe.store.options import LabelsOption, RoleOptions
 from featurepipe.store.rows import ArrayRows
-from featurepipe.store.space import canonical_json
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.fit import HeldOut, calibrate, interval_of, labels_calibrated
 from featurepipe.training.options import DEFAULT_HEADS, TrainOptions
@@ -411,7 +409,8 @@ def _best_published(
         "mix": kept.share,
     }
     with TemporaryDirectory() as scratch:
-        file = _weights_file(work.backbone, work.body, Path(scratch))
+        file = Path(scratch) / "tuned.safetensors"
+        work.body.save(work.backbone, file)
         record = _published(work, model, folder, file, about, seconds=time.perf_counter() - start, say=say)
     for shard in context.shards:
         context.checkpoint(shard).remove()
@@ -467,13 +466,7 @@ def network_of(space: Space, options: TuneOptions) -> tuple[Backbone, NetworkNam
     network = load_backbone(known["name"], asked, seed=known["seed"])
     if network.weights_sha256 != space.fields["weights_sha256"]:
         raise UsageError(f"{asked} of {space.backbone} are other weights than those of the stored activations")
-    return network, named(network, asked, known["seed"])
-
-
-def named(network: Backbone, weights: str, seed: int) -> NetworkName:
-    """How any process loads a network that was loaded here, from weights as they were asked for."""
-    weights = str(Path(weights).absolute()) if Path(weights).is_file() else weights
-    return NetworkName(network.name, weights, seed, canonical_json(identity_of(network)))
+    return network, NetworkName.of(network, asked, known["seed"])
 
 
 def chosen(found: FeatureSet, ids: Collection[str] | None) -> FeatureSet:
@@ -508,20 +501,6 @@ def check_validation(task: Task) -> None:
         f"{len(division.train) + len(division.validation):,} training images are too few to set validation images aside, which "
         "decide when to stop; give more images, or a split val"
     )
-
-
-def _weights_file(backbone: Backbone, body: TunedLayers, folder: Path) -> Path:
-    """All weights of the network with the tuned ones in place, as a .safetensors file."""
-    from safetensors.torch import save_file
-
-    state = {name: value.clone() for name, value in backbone.state().items()}
-    learned = {name: value for name, value in body.network.named_parameters() if value.requires_grad}
-    for name, value in {**learned, **body.statistics()}.items():
-        state[name] = value.detach().cpu().to(state.get(name, value).dtype)
-    path = folder / "tuned.safetensors"
-    metadata = {} if backbone.like is None else {LIKE: backbone.like}
-    save_file({name: value.contiguous() for name, value in state.items()}, path, metadata)
-    return path
 
 
 def _published(
