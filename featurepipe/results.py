@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
-from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex
+from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, cast
 
 from featurepipe.display import counted, displayed, first_names
 from featurepipe.errors import UsageError
@@ -35,6 +36,7 @@ MAIN_TABLES = (
     "queries",
     "exact",
     "near",
+    "dependents",
     "answers",
     "nodes",
     "columns",
@@ -129,6 +131,21 @@ class Results(list[Result]):
         """
         frame: pd.DataFrame = optional("pandas", "to_pandas()").json_normalize([dict(one) for one in self])
         return frame
+
+
+class ShownReport:
+    """A report as a dataclass, which a notebook shows as a card."""
+
+    def _repr_html_(self) -> str:
+        values: dict[str, Any] = asdict(cast("Any", self))
+        lists = {name: value for name, value in values.items() if isinstance(value, list)}
+        tables = {
+            name: [row if isinstance(row, Mapping) else {"": row} for row in rows]
+            for name, rows in lists.items()
+            if rows
+        }
+        facts = {name: "none" if name in lists else value for name, value in values.items() if name not in tables}
+        return card(type(self).__name__, facts, tables=tables)
 
 
 def shown_as(command: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, Result]]:

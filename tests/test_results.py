@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pickle
 import re
+import shutil
 import sys
 from html import escape
 from pathlib import Path
@@ -132,6 +133,25 @@ def test_cards_are_escaped_and_say_what_they_leave_out(
     empty = fp.FeatureStore(tmp_path / "empty")
     with empty.lock(shared=True):
         assert "no dataset yet" in safe(empty._repr_html_())
+
+
+def test_reports_of_upkeep_are_cards(store: fp.FeatureStore, tmp_path: Path) -> None:
+    copy = fp.FeatureStore(shutil.copytree(store.path, tmp_path / "store"))
+    card = safe(fp.verify(copy)._repr_html_())
+    assert "VerifyReport" in card
+    assert re.search(r">rows</th><td[^>]*>12<", card)
+    assert re.search(r">problems</th><td[^>]*>none<", card)
+    (part,) = copy.path.glob("spaces/*/parts/*.h5")
+    part.write_bytes(part.read_bytes()[:-100])
+    card = safe(fp.verify(copy)._repr_html_())
+    assert part.name in card.partition("problems")[2]
+    assert re.search(r">rows_dropped</th><td[^>]*>0<", safe(fp.compact(store, dry_run=True)._repr_html_()))
+    assert re.search(r">snapshots_removed</th><td[^>]*>0<", safe(fp.gc(store, dry_run=True)._repr_html_()))
+    page = tmp_path / "x.html"
+    page.write_text("dog/0.png")
+    told = fp.forget(store, ["dog/0.png"], look_in=[page], dry_run=True, silent=True)
+    assert list(told.to_pandas()["kind"]) == ["page"]
+    assert "x.html" in safe(told._repr_html_())
 
 
 def test_a_result_stays_a_dictionary() -> None:

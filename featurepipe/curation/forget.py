@@ -22,6 +22,7 @@ from featurepipe.display import counted, first_names, size
 from featurepipe.errors import FeaturepipeError, UsageError, unsearchable
 from featurepipe.heads.bundle.bundle import seen_of
 from featurepipe.heads.bundle.files import SEEN
+from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore, forget_images
 from featurepipe.store.atomic import listed, read_file, read_json
 from featurepipe.store.exports import ABOUT, TABLES, texts_in
@@ -44,6 +45,7 @@ _SOURCES = frozenset({"source", "host", "machine", "options", "plan"})
 """Entries of run records whose paths are no results."""
 
 
+@shown_as("forget")
 def forget(
     store: FeatureStore | str | PathLike[str],
     ids: Iterable[str] | str | PathLike[str] = (),

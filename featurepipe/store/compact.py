@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.results import ShownReport
 from featurepipe.store.atomic import refuse_strangers, sync_folder
 from featurepipe.store.commit import ArraySpec, PartArray, part_bytes, write_part
 from featurepipe.store.feature_store import FeatureStore
@@ -94,7 +95,7 @@ TARGET_BYTES = 256 * 1024 * 1024
 
 
 @dataclass
-class CompactReport:
+class CompactReport(ShownReport):
     """What ``compact_store`` did, or would do.
 
     Attributes:

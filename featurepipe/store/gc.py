@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from featurepipe.errors import CorruptPart, StoreError
+from featurepipe.results import ShownReport
 from featurepipe.store.atomic import checked_folder, entries, is_temporary, listed, refuse_strangers, walked
 from featurepipe.store.compact import Mask, rewrite_parts, rewritten_bytes
 from featurepipe.store.documents import checked_run_id
@@ -28,7 +29,7 @@ SHOWN_SECONDS = 24 * 3600.0
 
 
 @dataclass
-class GcReport:
+class GcReport(ShownReport):
     """What ``gc_store`` removed, or would remove.
 
     Attributes:

@@ -15,6 +15,7 @@ import numpy as np
 from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.display import first_names
 from featurepipe.errors import CorruptPart, FeaturepipeError, StoreError, UsageError
+from featurepipe.results import ShownReport
 from featurepipe.store.atomic import entries, is_file, is_temporary, listed, made_folder, read_json, sync_folder, walked
 from featurepipe.store.choice import usable_keys
 from featurepipe.store.documents import is_dataset, is_run_id
@@ -66,7 +67,7 @@ class Problem:
 
 
 @dataclass
-class VerifyReport:
+class VerifyReport(ShownReport):
     """What ``verify_store`` found.
 
     Attributes:
