@@ -135,7 +135,9 @@ MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests begin first (a notebook takes a minute): no process is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.stem not in {"test_tutorials", "test_benchmarks", "test_readme", "test_pipelines"})
+    items.sort(
+        key=lambda item: item.path.stem not in {"test_tutorials", "test_benchmarks", "test_readme", "test_pipelines"}
+    )
 
 
 def pytest_collection_finish() -> None:

@@ -1,5 +1,6 @@
 """The command line: exit codes, one JSON document, errors in words."""
 
+import gc
 import io
 import json
 import re
@@ -34,6 +35,18 @@ def filled(images, launcher, tmp_path_factory):
     code = "import sys; from featurepipe.cli import main; sys.exit(main())"
     assert launcher.start(code, ["extract", images, "--store", store, *SMALL]).wait().code == 0
     return store
+
+
+def test_garbage_is_searched_for_less_often_only_while_a_command_runs(monkeypatch, tmp_path):
+    usual, found = gc.get_threshold(), []
+    monkeypatch.setattr("featurepipe.cli._run", lambda _: found.append(gc.get_threshold()) or 3)
+    gc.set_threshold(700, 10, 10)
+    try:
+        assert main(["info", str(tmp_path)]) == 3
+        assert found == [(50_000, 10, 10)]
+        assert gc.get_threshold() == (700, 10, 10)
+    finally:
+        gc.set_threshold(*usual)
 
 
 def one_document(finished):

@@ -6,12 +6,13 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from featurepipe.cli.output import (
@@ -40,7 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args is None:
         return 2
     args.stdout = sys.stdout
-    return _guarded(args)
+    with _rare_collections():
+        return _guarded(args)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Searches for garbage in circles less often than usual: a tenth of a start went into looking through what imports make."""
+    usual = gc.get_threshold()
+    gc.set_threshold(50_000, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 def _complete() -> None:
