@@ -85,7 +85,10 @@ CHECKS = {"bench_flips": check_flips, "bench_decode": check_decode}
 @pytest.mark.parametrize(
     ("name", "figures"),
     [
-        ("bench_store", {"commit_of_raw", "read_all_of_fromfile", "random_rows_times_memmap"}),
+        (
+            "bench_store",
+            {"commit_of_raw", "read_all_of_fromfile", "read_as_float32_of_numpy", "random_rows_times_memmap"},
+        ),
         ("bench_similar", {"recall", "build_s", "extend_s", "index_mb"}),
         ("bench_select", {"candidates", "test_images"}),
         ("bench_rerun", {"times_the_walk", "growth_mb", "start_s", "start_cpu_s"}),
