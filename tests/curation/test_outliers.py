@@ -142,6 +142,12 @@ def test_of_many_images_some_are_drawn_and_the_farthest_compared_with_all(plante
     expected = {one["id"]: one["distance"] for one in exact["outliers"]}
     for one in found["outliers"]:
         assert one["distance"] == pytest.approx(expected[one["id"]], rel=1e-4)
+    monkeypatch.setattr(module, "DRAWN", 20)
+    fewer = outliers(planted.store, neighbours=3, limit=10, silent=True)
+    assert fewer["compared_with"] == 20
+    assert {one["id"]: one["distance"] for one in fewer["outliers"][:2]} == pytest.approx(
+        {one["id"]: one["distance"] for one in exact["outliers"][:2]}, rel=1e-4
+    )
 
 
 def test_new_images_are_compared_with_those_of_the_snapshot_before(planted):
