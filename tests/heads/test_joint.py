@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from benchmarks.bench_heads import objective
 from featurepipe.heads import BlockLogisticRegression, fit_path
+from featurepipe.heads.blocks import RowThreads
 from featurepipe.heads.linear import classifiers, joint, passes
 from featurepipe.heads.linear.losses import Measured, Penalty
 from featurepipe.heads.linear.optimisers import Optimum
@@ -53,8 +54,39 @@ def test_a_column_that_few_rows_bend_is_measured_by_them():
     )
     for start in range(0, 8000, 1000):
         block = rows[start : start + 1000]
-        measured.add(0, block, np.ones(1000), measured.far_out(block))
+        measured.add(0, block, np.ones(1000), measured.far_out(measured.squares(block)))
     np.testing.assert_allclose(measured.sums[0] / (rows**2).sum(axis=0), 1, atol=0.25)
+
+
+def test_a_direction_that_no_chosen_row_tells_of_is_not_taken_for_flat():
+    """Of two columns that never meet, one is zero in all rows that are likely to be chosen: the diagonal is still that of all."""
+    rows = np.zeros((4000, 2))
+    rows[:, 0] = 10
+    rows[::400, 0], rows[::400, 1] = 0, 1e-3
+    measured = Measured(1, np.zeros(2), centre=False, intercept=True, share=0.01, diagonal=False)
+    for start in range(0, 4000, 1000):
+        block, curvature = rows[start : start + 1000], np.full(1000, 0.5)
+        squares = measured.squares(block)
+        curvature[::400] = 1e-9
+        measured.add(0, block, curvature, measured.far_out(squares), curvature @ squares)
+    with RowThreads(wanted=False) as threads:
+        [found] = measured.finish(threads)
+    curvature = np.tile(np.where(np.arange(1000) % 400 == 0, 1e-9, 0.5), 4)
+    whole = (np.column_stack([rows, np.ones(4000)]) ** 2 * curvature[:, None]).sum(axis=0)
+    assert (np.diag(found) >= whole * (1 - 1e-12)).all()
+    np.testing.assert_allclose(np.diag(found)[1], whole[1])
+    np.testing.assert_allclose(np.diag(found)[[0, 2]], whole[[0, 2]], rtol=0.05)
+    assert found[0, 1] == found[1, 0] == 0
+
+
+def test_curvature_that_is_next_to_nothing_is_left_out():
+    """Two classes that no row wavers between: float32 has no inverse of their products of probabilities."""
+    measured = Measured(1, np.zeros(2, np.float32), centre=False, intercept=False, share=0.5, diagonal=False)
+    block, curvature = np.ones((100, 2), np.float32), np.full(100, 1e-41, np.float32)
+    squares = measured.squares(block)
+    measured.add(0, block, curvature, measured.far_out(squares), curvature @ squares)
+    with RowThreads(wanted=False) as threads:
+        assert (measured.finish(threads) < 1e-38).all()
 
 
 def rare_columns():
@@ -67,20 +99,25 @@ def rare_columns():
     return (features - features.mean(axis=0)) / features.std(axis=0), labels
 
 
+def count_passes(monkeypatch):
+    """Notes how many problems each pass evaluates, from now on."""
+    counted, call = [], passes.Passes.__call__
+    monkeypatch.setattr(
+        passes.Passes, "__call__", lambda self, *asked: (counted.append(len(asked[0])), call(self, *asked))[1]
+    )
+    return counted
+
+
 @pytest.mark.parametrize("memory", [None, "1MB"])
 def test_nearly_constant_columns_reach_scikit_learns_optimum_in_few_passes(monkeypatch, memory):
-    """By L-BFGS in float32 and then Newton's steps: kept in memory, and streamed."""
+    """By L-BFGS in float32 and then with all classes' curvature: kept in memory, and streamed."""
     monkeypatch.setattr(passes, "_SMALL_BYTES", 0)
     monkeypatch.setattr(passes, "_LEAST_PATIENCE", {np.dtype(np.float32): 30})
     features, labels = rare_columns()
     other = LogisticRegression(C=100.0, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(features, labels)
     features = features.astype(np.float32)
     least = objective(other, features, labels, 100.0)
-    counted = []
-    call = passes.Passes.__call__
-    monkeypatch.setattr(
-        passes.Passes, "__call__", lambda self, *asked: (counted.append(len(asked[0])), call(self, *asked))[1]
-    )
+    counted = count_passes(monkeypatch)
     head = BlockLogisticRegression(C=100.0, memory=memory).fit(features, labels)
     assert objective(head, features, labels, 100.0) <= least * (1 + 1e-6)
     assert (head.predict(features) != other.predict(features)).mean() < 1e-3
@@ -88,6 +125,32 @@ def test_nearly_constant_columns_reach_scikit_learns_optimum_in_few_passes(monke
     if memory is None:
         [[again]] = fit_path(BlockLogisticRegression(), features, labels, Cs=[100.0])
         np.testing.assert_array_equal(head.coef_, again.coef_)
+
+
+def rectified_columns(width, classes=8):
+    """Rectified mixtures, the last zero in nearly all rows, standardised; pairs of classes are mistaken for one another."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, 6000)
+    mixing = rng.standard_normal((width, width)) / np.arange(1, width + 1)[:, None]
+    centres = 4 * rng.standard_normal((classes // 2, width))[labels // 2]
+    hidden = rng.standard_normal((6000, width)) + centres + 0.2 * rng.standard_normal((classes, width))[labels]
+    mixed = hidden @ mixing
+    mixed = (mixed - mixed.mean(axis=0)) / mixed.std(axis=0)
+    features = np.maximum(mixed - np.linspace(0, 3.4, width), 0)
+    features = features[:, (features > 0).sum(axis=0) > 2]
+    return ((features - features.mean(axis=0)) / features.std(axis=0)).astype(np.float32), labels
+
+
+def test_at_a_large_c_the_gap_is_as_small_as_promised_in_500_passes(monkeypatch):
+    """In float32, where the estimate by the classes' own curvature alone let L-BFGS stop 3e-5 above the optimum."""
+    monkeypatch.setattr(passes, "_SMALL_BYTES", 0)
+    features, labels = rectified_columns(96)
+    other = LogisticRegression(C=100.0, solver="newton-cholesky", tol=1e-9, max_iter=500)
+    least = objective(other.fit(features.astype(np.float64), labels), features, labels, 100.0)
+    counted = count_passes(monkeypatch)
+    head = BlockLogisticRegression(C=100.0).fit(features, labels)
+    assert least <= objective(head, features, labels, 100.0) * (1 + 1e-9) <= least * (1 + 1e-5)
+    assert len(counted) <= 500
 
 
 def test_l_bfgs_goes_on_as_long_as_a_factor_costs():
@@ -101,7 +164,7 @@ def test_l_bfgs_goes_on_as_long_as_a_factor_costs():
     assert patience(1600, np.float64, 10, 1392) > 5000  # few wide rows: passes cost next to nothing
 
 
-def test_so_many_problems_at_a_time_as_memory_allows_are_finished_by_newton():
+def test_so_many_problems_at_a_time_as_memory_allows_get_joint_curvature():
     prepared = passes.Prepared(None, np.dtype(np.float64), np.ones(3), centred=False)
     asked = []
 
@@ -111,5 +174,5 @@ def test_so_many_problems_at_a_time_as_memory_allows_are_finished_by_newton():
 
     stopped = [Optimum(np.zeros((3, 4)), 10, converged=i == 1) for i in range(4)]
     found = classifiers.finished(stopped, prepared, 100, solve, joint_at_once=2)
-    assert asked == [("newton", np.float64, [0, 2], [90, 90]), ("newton", np.float64, [3], [90])]
+    assert asked == [("joint_lbfgs", np.float64, [0, 2], [90, 90]), ("joint_lbfgs", np.float64, [3], [90])]
     assert [one.iterations for one in found] == [15, 10, 15, 15]

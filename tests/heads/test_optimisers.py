@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from featurepipe.heads.linear.optimisers import Evaluate, Evaluation, OptimiserSettings, Optimum, lbfgs, newton, run
+from featurepipe.heads.linear.optimisers import (
+    Evaluate,
+    Evaluation,
+    OptimiserSettings,
+    Optimum,
+    joint_lbfgs,
+    lbfgs,
+    newton,
+    run,
+)
 
 
 def quadratic(scale, centre):
@@ -82,6 +91,54 @@ def test_curvature_measured_near_the_minimum_is_believed_further_on():
     assert trusting.converged
     assert len(fewer) < len(asked)
     np.testing.assert_allclose(trusting.point, careful.point, atol=1e-4)
+
+
+def test_the_estimate_alone_stops_nothing_where_a_bound_is_asked_for():
+    """A preconditioner that promises a thousandth of what there is to gain along one direction, and the bound that knows."""
+    scale = np.ones(8)
+    scale[0] = 1e-3
+
+    def evaluate(request):
+        found = quadratic(np.ones(8), np.arange(8.0))(request)
+        value, gradient = found.value, found.gradient
+        return Evaluation(
+            value, gradient, (lambda vector: scale * vector) if request.curvature else None, bound=value - 1
+        )
+
+    start = np.arange(8.0) + 1
+    start[0] = 0.1  # which the first step leaves half a percent above
+    trusting, few = solo(evaluate, start, tolerance=1e-4, refresh=1)
+    careful, more = solo(evaluate, start, tolerance=1e-4, refresh=1, certain=1e-4)
+    assert trusting.converged
+    assert careful.converged
+    assert evaluate(Evaluate(trusting.point)).value > 1 + 1e-3
+    assert evaluate(Evaluate(careful.point)).value <= 1 + 1e-4
+    assert len(few) < len(more)
+
+
+def test_an_estimate_a_hundred_times_smaller_needs_no_bound():
+    settings = OptimiserSettings(1e-3, 10, certain=1e-2)
+    far = Evaluation(5.0, np.zeros(1), bound=1.0)
+    assert settings.certified(far, 4e-5)
+    assert not settings.certified(far, 6e-5)
+    assert settings.certified(Evaluation(5.0, np.zeros(1), bound=0.04), 1.0)
+
+
+def test_joint_curvature_is_measured_only_where_steps_end():
+    def awkward(request):  # the fourth power, of which the preconditioner knows too little: many steps are too long
+        return Evaluation(1 + (request.point**4).sum(), 4 * request.point**3, lambda vector: vector)
+
+    _, asked = solo(awkward, np.linspace(0.5, 2, 8), joint_lbfgs, tolerance=1e-300, max_iterations=30)
+    kinds = [request.curvature for request in asked]
+    assert kinds[0] == "joint"
+    assert 2 <= kinds.count("joint") <= 4
+    assert set(kinds) == {"joint", ""}
+    best = np.inf
+    for request in asked:
+        value = awkward(request).value
+        if request.curvature:
+            assert value <= best  # of a point that was accepted, computed for its objective before
+        best = min(best, value)
 
 
 def test_problems_are_asked_together_and_drop_out_as_they_finish():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads.inputs import BlockClassifier, TrainingData, labels_from, linear_scores, training_data
 from featurepipe.heads.linear.losses import BinomialLoss, Loss, SoftmaxLoss, SquaredHingeLoss
-from featurepipe.heads.linear.optimisers import Optimiser, OptimiserSettings, Optimum, lbfgs, newton, run
+from featurepipe.heads.linear.optimisers import Optimiser, OptimiserSettings, Optimum, joint_lbfgs, lbfgs, newton, run
 from featurepipe.heads.linear.passes import FitProblem, Passes, Prepared, joint_at_once, patience_of, prepare
 
 Array = npt.NDArray[Any]
@@ -26,6 +27,7 @@ Estimator = TypeVar("Estimator", bound="BlockLinearClassifier")
 Method = Callable[[Any, OptimiserSettings], Optimiser]
 
 _NEARING = 500  # iterations of L-BFGS in float64 before Newton's method takes over
+_BOUND = 4  # times tol that what the gap is at most may be; measured: 5 to 20 times the gap
 SAFETY = 50  # how many times the estimated gap the true one is at most, with room; measured: 4 to 9
 
 
@@ -190,9 +192,16 @@ def _solve_group(
             intercept_penalty=objective.intercept_penalty,
             memory=estimator.memory,
         )
-        often = loss.refresh, loss.growth, loss.trusted
-        settings = [OptimiserSettings(estimator.tol / SAFETY, most, *often) for most in iterations]
-        return run([method(start, each) for start, each in zip(starts, settings, strict=True)], passes)
+        settings = OptimiserSettings(
+            estimator.tol / SAFETY,
+            estimator.max_iter,
+            loss.refresh,
+            loss.growth,
+            loss.trusted,
+            certain=_BOUND * estimator.tol if loss.redundant else math.inf,
+        )
+        limits = [replace(settings, max_iterations=most) for most in iterations]
+        return run([method(start, each) for start, each in zip(starts, limits, strict=True)], passes)
 
     begin = [loss.start(row) for row in totals * factors]
     width = len(prepared.mean)
@@ -217,9 +226,10 @@ def finished(
 ) -> list[Optimum]:
     """Goes on in float64 where L-BFGS crawls, or float32 could not tell the objective from its neighbours before the optimum.
 
-    That happens with a large C where some columns hold values a hundred deviations from their mean. Newton's steps, with a
-    preconditioner of all columns together, converge from anywhere, so many problems at one time as memory allows. Where it
-    allows none, L-BFGS in float64 first comes near the optimum, in hundreds of passes: there the steps are mostly too long.
+    That happens with a large C where some columns hold values a hundred deviations from their mean. With a preconditioner of
+    all columns together L-BFGS converges from anywhere in some eighty iterations, so many problems at one time as memory
+    allows. Where it allows none, L-BFGS in float64 as before comes near the optimum, in hundreds of passes, and Newton's steps,
+    which are mostly too long before, finish.
 
     Args:
         optima: Where L-BFGS stopped; what has converged, or had ``max_iter`` iterations, stays.
@@ -243,7 +253,7 @@ def finished(
     if joint_at_once:
         waiting = stuck()
         for first in range(0, len(waiting), joint_at_once):
-            go_on(newton, waiting[first : first + joint_at_once], max_iter)
+            go_on(joint_lbfgs, waiting[first : first + joint_at_once], max_iter)
     elif prepared.dtype == np.float32:
         for method, most in ((lbfgs, _NEARING), (newton, max_iter)):
             if waiting := stuck():
@@ -327,8 +337,13 @@ class BlockLogisticRegression(BlockLinearClassifier):
     second derivative, ``C * sum_i(p_i (1 - p_i) x_i x_i') + I``, measured on rows sampled in proportion to their curvature
     (in the spirit of sub-sampled Newton methods: Roosta-Khorasani & Mahoney 2019; Xu et al. 2016) and measured again as the
     iterate moves. Where all ``p (1 - p)`` are replaced by their bound this is the fixed-curvature step of Böhning 1992,
-    "Multinomial logistic regression algorithm". Wide features (above 4,096 values) get the diagonal alone. All values of C
-    and all folds of ``fit_path`` share every pass over the features.
+    "Multinomial logistic regression algorithm". Where that takes hundreds of iterations, all classes' second derivative together
+    takes its place, if memory allows. Wide features (above 4,096 values) get the diagonal alone. All values of C and all folds
+    of ``fit_path`` share every pass over the features.
+
+    It stops where an estimate of the gap by the second derivative is a fiftieth of ``tol``, and ``|gradient by W|^2 / 2``, which
+    the gap cannot exceed as the penalty bends by 1 everywhere, at most four times ``tol``. The estimate alone suffices if it is
+    a hundred times smaller still.
 
     Float16 and float32 features are multiplied in float32 and summed over blocks in float64; others in float64.
 

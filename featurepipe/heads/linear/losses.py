@@ -192,10 +192,11 @@ _SINGULAR = 1e-6  # least eigenvalue of a matrix of unit diagonal that is invert
 class Measured:
     """Sums of ``h * outer(x, x)`` over rows, one for each weighting h; x has a one appended for the intercept.
 
-    Only some rows are used, taken with a frequency proportional to h and to how far out they lie, and weighted by its inverse:
-    where most rows are fitted well, most of the curvature is that of a few, and that of a column which is nearly constant comes
-    from the few rows where it is not (leverage scores: Drineas, Mahoney & Muthukrishnan 2006; here by the columns'
-    variances alone). The choice is systematic, not random, so a fit repeats exactly.
+    Off the diagonal only some rows are used, taken with a frequency proportional to h and to how far out they lie, and
+    weighted by its inverse: where most rows are fitted well, most of the curvature is that of a few, and that of a column which
+    is nearly constant comes from the few rows where it is not (leverage scores: Drineas, Mahoney & Muthukrishnan 2006; here by
+    the columns' variances alone). The choice is systematic, not random, so a fit repeats exactly. What the diagonals of all
+    rows have beyond those of the chosen is added: a direction of which no chosen row tells would look as if it did not bend.
 
     Args:
         count: Weightings.
@@ -225,14 +226,25 @@ class Measured:
         self._intercept, self._share = intercept, share
         self._waiting: list[list[Array]] = [[] for _ in range(count)]
         self._passed = [0.5] * count
+        self._diagonals = np.zeros((count, size)) if share < 1 and not diagonal else None
 
-    def far_out(self, block: Array) -> Array:
-        """How far out the rows of a block (m, D) lie, (m,): on average 1, at least a half, so that no row is passed over."""
+    @property
+    def samples(self) -> bool:
+        """Whether matrices are measured, and not on all rows."""
+        return self._diagonals is not None
+
+    def squares(self, block: Array) -> Array:
+        """Squared distances (m, D) of the rows of a block (m, D) from the mean."""
+        away = block - self._mean
+        return np.asarray(np.square(away, out=away))
+
+    def far_out(self, squares: Array) -> Array:
+        """How far out rows lie, (m,), by their squares: on average 1, at least a half, so that no row is passed over."""
         if self._reach is None:
-            return np.ones(len(block), block.dtype)
-        return np.asarray(_LEAST_REACH + (1 - _LEAST_REACH) * (np.square(block - self._mean) @ self._reach))
+            return np.ones(len(squares), squares.dtype)
+        return np.asarray(_LEAST_REACH + (1 - _LEAST_REACH) * (squares @ self._reach))
 
-    def add(self, number: int, block: Array, curvature: Array, far_out: Array) -> None:
+    def add(self, number: int, block: Array, curvature: Array, far_out: Array, diagonal: Array | None = None) -> None:
         """Adds the rows of a block (m, D) to one of the sums; other threads may add to others.
 
         Args:
@@ -240,7 +252,12 @@ class Measured:
             block: (m, D) rows.
             curvature: (m,) their weights h.
             far_out: (m,) what ``far_out`` says of them.
+            diagonal: (D,) of the sum over all of these rows, if it ``samples``.
         """
+        if self._diagonals is not None and diagonal is not None:
+            self._diagonals[number, : len(diagonal)] += diagonal
+            if self._intercept:
+                self._diagonals[number, -1] += curvature.sum(dtype=np.float64)
         rows, weights, self._passed[number] = _choose(curvature * far_out, self._share, self._passed[number])
         weights = weights / far_out[rows]
         chosen = np.empty((len(rows), self.sums.shape[-1]), self.sums.dtype)
@@ -255,6 +272,10 @@ class Measured:
     def finish(self, threads: RowThreads) -> Array:
         """Returns the sums, (K, size, size) or (K, size)."""
         threads.each(self._multiply, range(len(self.sums)))
+        if self._diagonals is not None:
+            for matrix, whole in zip(self.sums, self._diagonals, strict=True):
+                diagonal = np.einsum("ii->i", matrix)  # a view
+                diagonal += np.maximum(0, whole - diagonal).astype(matrix.dtype)
         return self.sums
 
     def _multiply(self, number: int) -> None:
@@ -341,7 +362,7 @@ def _choose(amounts: Array, share: float, passed: float) -> tuple[Array, Array, 
     What is left over of a row (``passed``, 0.5 at first) comes last; it is handed in with the next rows.
     """
     total = float(amounts.sum(dtype=np.float64))
-    if total <= 0:
+    if total * float(np.finfo(amounts.dtype).max) <= share * len(amounts):  # nothing, or too little for its inverse
         return np.empty(0, np.intp), amounts[:0], passed
     frequency = np.minimum(1, amounts * (share * len(amounts) / total)) if share < 1 else (amounts > 0).astype(float)
     up_to = passed + np.cumsum(frequency, dtype=np.float64)

@@ -43,13 +43,13 @@ class Evaluation:
         value: Objective.
         gradient: As the point.
         precondition: The approximate inverse.
-        joint: Whether it is one of the whole second derivative, so that what it says of a residual is near the truth.
+        bound: What the objective is above its minimum at most, by its strong convexity; 0 where that is not worked out.
     """
 
     value: float
     gradient: Vector
     precondition: Precondition | None = None
-    joint: bool = False
+    bound: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def run(
     return [optima[number] for number in range(len(optimisers))]
 
 
+_CAREFUL = 0.01
 _PAIRS = 10  # of steps and gradient differences that are remembered
+_JOINT_REFRESH = 10
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,11 @@ class OptimiserSettings:
         max_iterations: Stops unsatisfied after as many.
         refresh: Iterations until the curvature is measured again.
         growth: Factor by which that number grows each time.
+        joint: Whether to measure the curvature of all columns together.
         trusted: Curvature is believed further on, too, if it was measured where the estimate was at most this fraction of the
             objective: from there to the optimum it hardly changes.
+        certain: Stops only where the bound, too, is at most this fraction of the objective, or the estimate a hundredth of what
+            it has to be: the bound is far from the truth along directions that bend much more than the penalty.
     """
 
     tolerance: float
@@ -111,34 +116,48 @@ class OptimiserSettings:
     refresh: int = 5
     growth: float = 1.5
     trusted: float = 0.0
+    joint: bool = False
+    certain: float = math.inf
+
+    def certified(self, at: Evaluation, estimate: float) -> bool:
+        """Whether more than the estimate says that the optimum is near."""
+        least = min(at.bound / self.certain, estimate / (self.tolerance * _CAREFUL))
+        return bool(least <= abs(at.value))
 
 
 def lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
     """Minimises a smooth convex function by preconditioned L-BFGS (Liu & Nocedal 1989; Nocedal & Wright 2006, 7.2).
 
     The two-loop recursion starts from the preconditioner in place of a multiple of the identity. The preconditioner is
-    measured anew where the iterate has moved to, and pairs from before are forgotten.
+    measured anew where the iterate has moved to, and pairs from before are forgotten. The curvature of all columns together
+    costs more than a pass, and is measured only where a step has ended, in a pass of its own.
     """
     point, pairs, satisfied, step = start, _Pairs(), 0, 1.0
-    at = yield Evaluate(point, "shared")
+    at = yield Evaluate(point, "joint" if settings.joint else "shared")
     first, precondition, age, interval, near = at.value, at.precondition, 0, settings.refresh, False
     for iteration in range(settings.max_iterations):
         direction = -pairs.apply(at.gradient, precondition)
         slope = _dot(at.gradient, direction)
-        if not slope < 0:  # nothing but rounding is left of the gradient
+        estimate = -slope / 2
+        if not estimate > 0:  # nothing but rounding is left of the gradient
             return Optimum(point, iteration, converged=True)
-        goal = settings.tolerance * max(min(abs(at.value), first - at.value), 1e-3 * abs(at.value))
-        satisfied = satisfied + 1 if -slope / 2 <= goal else 0
-        near = -slope / 2 <= settings.trusted * goal / settings.tolerance if age == 0 else near
-        if satisfied and (age == 0 or near):
+        gained = abs(at.value) if settings.joint else first - at.value  # that estimate is near the truth
+        goal = settings.tolerance * max(min(abs(at.value), gained), 1e-3 * abs(at.value))
+        satisfied = satisfied + 1 if estimate <= goal else 0
+        near = estimate <= settings.trusted * goal / settings.tolerance if age == 0 else near
+        believed = age == 0 or near
+        if satisfied and believed and settings.certified(at, estimate):
             return Optimum(point, iteration, converged=True)
-        measure = age + 1 >= interval or satisfied == 2
+        measure = age + 1 >= interval or (satisfied == 2 and not believed)
         # where the last step was short, the next one hardly is 1
-        search = line_search(point, at, direction, slope, first=min(1.0, 4 * step), curvature="each" if measure else "")
-        step, found = yield from search
+        kind = "each" if measure and not settings.joint else ""
+        step, found = yield from line_search(point, at, direction, slope, first=min(1.0, 4 * step), curvature=kind)
         if step == 0:  # the objective cannot be told apart from its neighbours any more
-            return Optimum(point, iteration, converged=-slope / 2 <= 100 * settings.tolerance * abs(at.value))
+            hidden = estimate <= 100 * settings.tolerance * abs(at.value)
+            return Optimum(point, iteration, converged=hidden and settings.certified(at, estimate))
         age += 1
+        if measure and settings.joint:
+            found = yield Evaluate(point + step * direction, "joint")
         if measure:
             interval = math.ceil(interval * settings.growth) if age >= interval else interval
             age, satisfied, precondition, pairs = 0, 0, found.precondition, _Pairs()
@@ -146,6 +165,11 @@ def lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
             pairs.add(step * direction, found.gradient - at.gradient)
         point, at = point + step * direction, found
     return Optimum(point, settings.max_iterations, converged=False)
+
+
+def joint_lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
+    """L-BFGS preconditioned by the curvature of all columns together, which is measured less often than that of each."""
+    return lbfgs(start, replace(settings, refresh=max(settings.refresh, _JOINT_REFRESH), joint=True))
 
 
 def line_search(
@@ -213,34 +237,28 @@ def _dot(one: Vector, other: Vector) -> Any:
 _MOST_PRODUCTS = 250  # for one step
 _LEAST_PRODUCTS = 10
 _DIMINISHING = 0.1  # a step is good enough when the last half of the products added no more than this to its gain
-_SOLVED = 0.01  # or when no more than this of what there was to gain is left, by a preconditioner that knows
-_FEW_PRODUCTS = 12  # for which a preconditioner is kept
 
 
 def newton(start: Vector, settings: OptimiserSettings) -> Optimiser:
     """Minimises a smooth convex function by a truncated Newton method (Dembo & Steihaug 1983).
 
     For linear classifiers see Lin, Weng & Keerthi 2008. Every product with the second derivative is a pass and counts as an
-    iteration. The conjugate gradients are preconditioned by the curvature measured on few rows, of all columns together where
-    that may be had (then it serves as long as they converge fast), else as L-BFGS is; on features that are nearly collinear
-    they converge where L-BFGS crawls.
+    iteration. The conjugate gradients are preconditioned as L-BFGS is; on features that are nearly collinear they converge where
+    L-BFGS crawls.
     """
     point, iterations = start, 1
-    at = yield Evaluate(point, "joint")
+    at = yield Evaluate(point, "each")
     while iterations < settings.max_iterations:
         most = min(_MOST_PRODUCTS, settings.max_iterations - iterations)
         direction, products = yield from _direction(point, at, most)
         slope = float(np.vdot(at.gradient, direction))
         iterations += products + 1
-        if -slope / 2 <= settings.tolerance * abs(at.value):
+        if -slope / 2 <= settings.tolerance * abs(at.value) and settings.certified(at, -slope / 2):
             return Optimum(point, iterations, converged=True)
-        keep = at.joint and products <= _FEW_PRODUCTS
-        search = line_search(point, at, direction, slope, first=1.0, curvature="" if keep else "joint")
-        step, found = yield from search
+        step, found = yield from line_search(point, at, direction, slope, first=1.0, curvature="each")
         if step == 0:  # rounding hides what is left
             return Optimum(point, iterations, converged=-slope / 2 <= 100 * settings.tolerance * abs(at.value))
-        point = point + step * direction
-        at = replace(found, precondition=at.precondition, joint=True) if keep else found
+        point, at = point + step * direction, found
     return Optimum(point, settings.max_iterations, converged=False)
 
 
@@ -248,16 +266,14 @@ def _direction(point: Vector, at: Evaluation, most: int) -> Generator[Evaluate, 
     """Solves for Newton's step by preconditioned conjugate gradients; returns it and the number of products.
 
     Stops where the quadratic model falls by little more, as Nash & Sofer (1990) advise: what matters is the objective,
-    not the residual. Single products tell little, since their gains vary a hundredfold. With a preconditioner of the whole
-    second derivative the residual does tell what is left to gain.
+    not the residual. Single products tell little, since their gains vary a hundredfold.
     """
     solve = at.precondition or np.copy
     step, residual = np.zeros_like(point), -at.gradient
     solved = solve(residual)
     along, size, gained = solved, float(np.vdot(residual, solved)), [0.0]
-    little = _SOLVED * size if at.joint else 0.0
     for product in range(1, most + 1):
-        if not size > little:  # or nothing but rounding is left
+        if not size > 0:  # nothing but rounding is left
             return step, product - 1
         bent = (yield Evaluate(point, along=along)).gradient
         curvature = float(np.vdot(along, bent))

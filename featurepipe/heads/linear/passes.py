@@ -41,7 +41,7 @@ _ROWS_PER_DIRECTION = 8  # that principal directions are found from
 _ROWS_OF_DIAGONALS = 2048  # that diagonals are measured on: to a few hundredths, which a preconditioner does not feel
 _ALONE_WIDTH = 2048  # up to which the principal directions take one thread a few seconds
 _ALONE_VALUES = 1 << 18  # of points that are rotated
-_LEAST_PATIENCE = {  # iterations; Newton's products are in float64, for which passes in float32 are faster
+_LEAST_PATIENCE = {  # iterations; with all classes' curvature passes are in float64, slower than those in float32
     np.dtype(np.float32): 250,
     np.dtype(np.float64): 30,
 }
@@ -244,10 +244,12 @@ class Passes:
         """Adds the penalties."""
         penalty = self._penalise(problem, asked.point, gradient)
         value = float(problem.C * value + penalty)
+        bound = float(np.square(gradient[:, : len(self._mean)]).sum()) / 2  # the penalty's second derivative is 1
         if curvature is None:
-            return Evaluation(value, gradient)
+            return Evaluation(value, gradient, bound=bound)
         joint = self._is_joint(asked)
-        return Evaluation(value, gradient, self._preconditioner(problem, asked.point, curvature, joint=joint), joint)
+        solve = self._preconditioner(problem, asked.point, curvature, joint=joint)
+        return Evaluation(value, gradient, solve, bound)
 
     def _penalise(self, problem: FitProblem, point: Array, gradient: Array) -> float:
         """Multiplies a gradient by C and adds the penalties'; returns the penalties at the point."""

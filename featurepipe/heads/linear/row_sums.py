@@ -214,8 +214,13 @@ def _measure(threads: RowThreads, measured: list[Measured | None], block: Array,
             rows = found if len(into.sums) > 1 else found.mean(axis=0, keepdims=True)
             jobs += [(into, number, row) for number, row in enumerate(rows)]
     if jobs:
-        far_out = jobs[0][0].far_out(block)  # all have the same columns
-        threads.each(lambda job: job[0].add(job[1], block, job[2], far_out), jobs)
+        first = jobs[0][0]  # all have the same columns
+        squares = first.squares(block)
+        far_out = first.far_out(squares)
+        weights = np.stack([row for *_, row in jobs])
+        diagonals = weights.astype(squares.dtype, copy=False) @ squares if first.samples else [None] * len(jobs)
+        parts = [(*job, diagonal) for job, diagonal in zip(jobs, diagonals, strict=True)]
+        threads.each(lambda part: part[0].add(part[1], block, part[2], far_out, part[3]), parts)
 
 
 @dataclass(frozen=True)
