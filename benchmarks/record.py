@@ -44,23 +44,30 @@ def median(values: Sequence[float], digits: int = 3) -> float:
 def main(
     name: str, description: str, add: Callable[[argparse.ArgumentParser], None], run: Callable[..., dict[str, Any]]
 ) -> None:
-    """Parses arguments, runs a benchmark, prints its result and, if asked, records it under ``benchmarks/results``."""
+    """Parses arguments, runs a benchmark, prints its result and, if asked, records it under ``benchmarks/results``.
+
+    Where only parts were run that say themselves when, and on which machine, what is recorded of others stays.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     add(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     parser.add_argument("--record", action="store_true", help=f"write benchmarks/results/{name}.json")
     parser.add_argument("--tiny", action="store_true", help="a run of seconds that only shows that the benchmark works")
     args = parser.parse_args()
+    found = run(args)
     result = {
         "benchmark": name,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        **run(args),
+        **found,
     }
-    text = json.dumps(result, indent=2)
+    path = RESULTS / f"{name}.json"
     if args.record:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(text + "\n")
+        of_its_own = all(isinstance(part, dict) and "when" in part for part in found.values())
+        recorded = json.loads(path.read_text()) | found if of_its_own and path.exists() else result
+        path.write_text(json.dumps(recorded, indent=2) + "\n")
+    text = json.dumps(result, indent=2)
     if args.json:
         print(text)
     else:
