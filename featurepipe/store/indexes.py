@@ -176,7 +176,7 @@ def read_index(path: Path, *names: str) -> StoredIndex | None:
         return None
     except _DAMAGE as error:
         raise StoreError(
-            f"index {path} is damaged ({_line(error)}); remove it: it is made again when asked for"
+            f"index {path} is damaged ({_line(error)}); `similar --index always` makes it again"
         ) from error
     index = StoredIndex(document, **arrays)
     if not names:
@@ -223,7 +223,7 @@ def _check_shapes(path: Path, index: StoredIndex) -> None:
     )
     if not fit:
         raise StoreError(
-            f"index {path} is damaged (its arrays do not fit together); remove it: it is made again when asked for"
+            f"index {path} is damaged (its arrays do not fit together); `similar --index always` makes it again"
         )
 
 
