@@ -288,11 +288,8 @@ def _outlook(found: Extracted, plan: RoutesPlan, options: RoutesOptions) -> dict
     timing = Timing(found.backbone.name, nodes, "fp32", found.machine.device, FEW)
     times = TimedForward(LocalExecutor(), timing).measure()["milliseconds"]
     listed, classes = found.counted()
-    parts = (
-        round(0.64 * listed),
-        round(0.16 * listed),
-        round(0.2 * listed),
-    )  # a fifth is tested, a fifth of the rest chooses
+    # A fifth is tested, a fifth of the rest chooses.
+    parts = round(0.64 * listed), round(0.16 * listed), round(0.2 * listed)
     if options.target_type != "multiclass":
         classes = len(options.multilabel or ("number",))
     ways = _ways(found, plan, [kind for kind in options.kinds if kind not in plan.unable])

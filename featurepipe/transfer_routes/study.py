@@ -141,9 +141,8 @@ def planned(
         is_random = bool(space.notes.get("backbone", {}).get("random"))
     _plan_images(plan, options, None if held is None else kept, is_random=is_random)
     is_asked = options.routes is not None and AS_IT_IS in options.kinds
-    if (
-        is_asked and held is None and labels is None and options.label is None
-    ):  # others are joined to images that are known
+    # Other labels are joined to images that are known.
+    if is_asked and held is None and labels is None and options.label is None:
         _plan_own_classes(plan, network, options, extraction)
     return plan
 

@@ -23,10 +23,8 @@ from featurepipe.tuning.finetune import finetune
 
 CUT, MAP = "s2", "s2:map"
 NETWORK: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "silent": True}
-EXACT: dict[str, Any] = {
-    "dtype": "float32",
-    "precision": "fp32",
-}  # on every processor: some compute in bfloat16 by themselves
+EXACT: dict[str, Any] = {"dtype": "float32", "precision": "fp32"}
+"""On every processor: some compute in bfloat16 by themselves."""
 IMAGES = 80
 
 
