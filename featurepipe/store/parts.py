@@ -25,6 +25,7 @@ _ARRAYS = ("id", "key", "mtime_ns", "size")
 _DTYPES = {"key": {"u1"}, "size": {"i8"}, "mtime_ns": {"i8"}}
 _ATTRIBUTES = ("format_version", "rows", "fingerprint", "run_id", "dataset")
 _BLOCK = 1 << 20  # bytes read at a time when checking: stays in the processor's cache
+_FIRST_NOT_ASCII = 0x80
 # What h5py raises on files that are not what they should be.
 _UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError, OverflowError)
 
@@ -263,12 +264,20 @@ def array_faults(part: PartInfo) -> dict[str, str]:
         found = {name: fault_of(descriptor, info, finite=is_feature(name)) for name, info in part.arrays.items()}
     finally:
         os.close(descriptor)
-    if not found["id"]:
-        try:
-            read_ids(part)
-        except CorruptPart:
-            found["id"] = "its bytes are no text in UTF-8"
+    if not found["id"] and not _is_text(part, "id"):
+        found["id"] = "its bytes are no text in UTF-8"
     return {name: fault for name, fault in found.items() if fault}
+
+
+def _is_text(part: PartInfo, name: str) -> bool:
+    """Whether all values of an array are UTF-8; in blocks, as those of a large part take several times its bytes."""
+    try:
+        for block in read_blocks(part, name, block_bytes=_BLOCK):
+            if (block.view(np.uint8) >= _FIRST_NOT_ASCII).any():
+                text_of(block)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def damaged_arrays(part: PartInfo) -> list[str]:
