@@ -25,6 +25,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import settings
 from PIL import Image as Picture
 from sklearn.linear_model import LogisticRegression
 
@@ -35,6 +36,9 @@ from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.snapshots import SCHEMA
 
 os.environ["FEATUREPIPE_CACHE"] = ""  # nothing is kept in the home of who runs the tests; inherited by processes
+
+settings.register_profile("any machine", deadline=None)  # a busy machine is no counterexample
+settings.load_profile("any machine")
 
 NODE_SECONDS = 0.01
 """How long a comparison of layers times each node here: each forward of a few, and not a second of them."""

@@ -158,7 +158,7 @@ def piles(draw):
     return rows
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(last=piles(), new=piles())
 def test_random_piles_agree_with_the_reference_and_add_up(last, new):
     found = changes(last, new)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from featurepipe.extraction.shards import COLUMNS, Shard, ShardSizes, cut
@@ -30,7 +30,6 @@ def test_a_shard_travels_as_few_bytes_and_arrives_as_it_was():
 
 
 @pytest.mark.slow
-@settings(deadline=None)
 @given(
     st.integers(1, 900), st.lists(st.integers(0, 9), min_size=1), st.floats(0.01, 1e4), st.integers(1, 400),
     st.integers(20, 700),

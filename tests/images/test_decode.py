@@ -79,7 +79,7 @@ def test_jpeg_equals_pillow_to_the_bit(options):
     np.testing.assert_array_equal(hwc(decode(payload)), np.asarray(Image.open(io.BytesIO(payload))))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(st.integers(1, 70), st.integers(1, 70)),
     st.sampled_from(["RGB", "L", "CMYK"]),
@@ -387,7 +387,7 @@ SEEDS = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),

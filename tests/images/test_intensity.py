@@ -453,7 +453,7 @@ def test_unknown_intensities_are_refused_with_the_choices(text):
     assert str(caught.value).startswith(f"unknown intensity {text!r}; choices: {CHOICES}")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.binary(max_size=400), st.integers(0, 400), st.sampled_from([DECLARED, HIGH_BYTE]))
 def test_damaged_deep_files_give_an_image_or_a_reject(noise, at, intensity):
     for whole in (

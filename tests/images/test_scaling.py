@@ -34,7 +34,7 @@ def by_pillow(payload, divisor, mode="RGB"):
     return np.asarray(ImageOps.exif_transpose(image).convert(mode))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.tuples(st.integers(17, 130), st.integers(17, 130)),
     st.sampled_from(["RGB", "L"]),
@@ -90,7 +90,7 @@ def test_what_is_decoded_in_full_all_the_same():
     assert torch.equal(found[1], decode(whole))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(progressive=True, changes=[(0.25, 0), (0.3125, 0)], kept=1.0, divisor=2, keep_damaged=True)
 @given(
     st.booleans(),

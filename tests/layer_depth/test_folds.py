@@ -38,7 +38,7 @@ def check_apart(rows, fold):
     assert sum(map(len, parts)) == len(set.union(*parts))
 
 
-SMALL = settings(max_examples=60, deadline=None)
+SMALL = settings(max_examples=60)
 
 
 @SMALL

@@ -48,7 +48,7 @@ def same(one, other):
 
 
 @given(st.lists(st.booleans(), max_size=40), st.none() | st.lists(st.booleans(), max_size=40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_cells_come_back_as_they_were(tmp_path_factory, correct, shifted):
     path = tmp_path_factory.mktemp("journal") / "deep" / "journal.jsonl"
     other = None if shifted is None else np.array(shifted, bool)

@@ -140,5 +140,5 @@ class StoreModel(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-StoreModel.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+StoreModel.TestCase.settings = settings(max_examples=25, stateful_step_count=12)
 TestStoreModel = StoreModel.TestCase
