@@ -1,8 +1,9 @@
 """How often intervals hold the truth: ``python -m benchmarks.interval_coverage [--of KIND] [--draws N] [--to FILE]``.
 
-Of classes (``score_table``), numbers (``number_table``) or several labels (``label_table``). Test sets are drawn from heads whose
-true scores are known from 200,000 images of the same kind. Classifiers guess nearly always or are nearly always right, calibrated
-and overconfident, with one to 250 images a class, as many of each class or as they come.
+Of classes (``score_table``), numbers (``number_table``), several labels (``label_table``), or the layers that ``depth`` compares.
+Test sets are drawn from heads whose true scores are known from 200,000 images or more of the same kind. Classifiers guess
+nearly always or are nearly always right, calibrated and overconfident, with one to 250 images a class, as many of each class or
+as they come.
 Prints a table of the share of test sets whose interval holds the truth; 95 % is nominal, 90 % the least that we accept.
 """
 
@@ -12,14 +13,18 @@ import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm
 
+from featurepipe.heads.statistics.comparison import ACCURACY
 from featurepipe.heads.statistics.metrics import score_table
 from featurepipe.heads.statistics.multilabel import label_table
 from featurepipe.heads.statistics.regression import number_table
+from featurepipe.layer_depth.answers import difference, estimate
 
 MEASURES = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "log_loss", "ece")
 SETTINGS = [  # classes, images a class, balanced
@@ -160,11 +165,75 @@ def _held(
     return {name: float(np.mean(found)) if found else None for name, found in held.items()}
 
 
+LAYER_MEASURES = ("accuracy", "difference", "no difference")
+LAYER_SIZES = (40, 200, 1000)
+LAYER_PROTOCOLS: dict[str, tuple[int | None, int]] = {
+    "5 folds": (5, 1), "5 folds, 3 times": (5, 3), "one split": (None, 1),
+}  # fmt: skip
+_LAYER_CLASSES, _LAYER_WIDTH, _FIFTHS = 4, 16, 5
+_LAYER_STRENGTHS = (0.5, 0.42, 0.5)  # of the first layer, one that is worse, and another that is as good
+_TRUE_HEADS, _TRUE_TEST = 300, 4000
+
+
+def layers(rng: np.random.Generator, count: int) -> tuple[list[Array], Codes]:
+    """Three layers' features (n, 16) of so many images of four classes; half of their noise is common to all three."""
+    codes = rng.integers(0, _LAYER_CLASSES, count)
+    common = rng.normal(size=(count, _LAYER_WIDTH))
+    centres = np.eye(_LAYER_CLASSES, _LAYER_WIDTH) * _LAYER_WIDTH**0.5
+    noise = [(common + rng.normal(size=common.shape)) * 0.5**0.5 for _ in _LAYER_STRENGTHS]
+    return [strength * centres[codes] + own for strength, own in zip(_LAYER_STRENGTHS, noise, strict=True)], codes
+
+
+def _hits(features: Array, codes: Codes, train: Codes, test: Codes) -> Array:
+    """Which test rows a ridge classifier is right about."""
+    rows = np.column_stack([features, np.ones(len(features))])
+    seen = rows[train]
+    weights = np.linalg.solve(seen.T @ seen + np.eye(rows.shape[1]), seen.T @ np.eye(_LAYER_CLASSES)[codes[train]])
+    return np.asarray((rows[test] @ weights).argmax(axis=1) == codes[test], np.float64)
+
+
+def coverage_of_layers(count: int, protocol: str, *, draws: int, seed: int = 0) -> dict[str, float | None]:
+    """As ``coverage``, for what ``depth`` says of so many images: an accuracy, a difference, and one that is none.
+
+    What intervals should hold is the mean accuracy, on images without number, of heads that learn from as many images.
+    """
+    rng = np.random.default_rng(seed)
+    folds, repeats = LAYER_PROTOCOLS[protocol]
+    train = count - count // _FIFTHS
+
+    def true_hits() -> list[float]:
+        features, codes = layers(rng, train + _TRUE_TEST)
+        places = np.split(np.arange(len(codes)), [train])
+        return [float(_hits(one, codes, *places).mean()) for one in features]
+
+    mean = np.mean([true_hits() for _ in range(_TRUE_HEADS)], axis=0)
+    truth = {"accuracy": mean[0], "difference": mean[0] - mean[1], "no difference": 0.0}
+    whole = {name: {"value": float(value)} for name, value in truth.items()}
+
+    def table() -> dict[str, dict[str, float | None]]:
+        features, codes = layers(rng, count)
+        tests = [part for _ in range(repeats) for part in np.array_split(rng.permutation(count), _FIFTHS)]
+        parts = [SimpleNamespace(test=test) for test in (tests if folds else tests[:1])]
+        study: Any = SimpleNamespace(
+            measure=ACCURACY, protocol=SimpleNamespace(folds=folds), folds=parts, images=codes, units=np.arange(count)
+        )
+        study.test_share = 1 / (_FIFTHS - 1)
+        series: list[Any] = []
+        for one in features:
+            hits = [_hits(one, codes, np.setdiff1d(np.arange(count), part.test), part.test) for part in parts]
+            series.append(SimpleNamespace(cells=[SimpleNamespace(contributions=h, value=h.mean()) for h in hits]))
+        found = (estimate(study, series[0]), difference(study, *series[:2]), difference(study, series[0], series[2]))
+        return {name: {"low": one.low, "high": one.high} for name, one in zip(LAYER_MEASURES, found, strict=True)}
+
+    return _held(whole, LAYER_MEASURES, (table() for _ in range(draws)))
+
+
 def rows_of(kind: str, draws: int) -> list[str]:
-    """The table of numbers or several labels in Markdown."""
+    """The table of numbers, several labels or layers in Markdown."""
     title, measures, sizes, kinds, covered = {
         "numbers": ("noise", NUMBER_MEASURES, NUMBER_SIZES, tuple(NOISES), coverage_of_numbers),
         "labels": ("scores", LABEL_MEASURES, LABEL_SIZES, tuple(STRENGTHS), coverage_of_labels),
+        "layers": ("protocol", LAYER_MEASURES, LAYER_SIZES, tuple(LAYER_PROTOCOLS), coverage_of_layers),
     }[kind]
     lines = [f"| images | {title} | {' | '.join(name.replace('_', ' ') for name in measures)} |"]
     lines.append("|---" * (2 + len(measures)) + "|")
@@ -181,7 +250,7 @@ def main() -> None:
     """Prints the table, or writes it to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--of", choices=["classes", "numbers", "labels"], default="classes", help="(default: %(default)s)"
+        "--of", choices=["classes", "numbers", "labels", "layers"], default="classes", help="(default: %(default)s)"
     )
     parser.add_argument("--draws", type=int, default=300, help="test sets for each row (default: %(default)s)")
     parser.add_argument("--to", type=Path, help="write the table to this file")

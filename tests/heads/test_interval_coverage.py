@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from benchmarks.interval_coverage import KINDS, coverage, coverage_of_labels, coverage_of_numbers
+from benchmarks.interval_coverage import (
+    KINDS,
+    coverage,
+    coverage_of_labels,
+    coverage_of_layers,
+    coverage_of_numbers,
+)
 from featurepipe.heads.statistics.intervals import balanced_accuracy, macro_f1
 
 
@@ -31,6 +37,12 @@ def test_intervals_of_numbers_hold_the_truth_in_nearly_nine_of_ten_test_sets_or_
 def test_intervals_of_several_labels_hold_the_truth_in_nearly_nine_of_ten_test_sets_or_more(kind):
     seen = coverage_of_labels(60, kind, draws=25, seed=3)
     assert all(value >= 0.84 for value in seen.values()), seen
+
+
+@pytest.mark.parametrize("protocol", ["5 folds", "one split"])
+def test_intervals_of_layers_and_their_differences_hold_the_truth_in_nine_of_ten_datasets_or_more(protocol):
+    seen = coverage_of_layers(40, protocol, draws=60, seed=5)
+    assert all(value >= 0.9 for value in seen.values()), seen
 
 
 @pytest.mark.parametrize(
