@@ -22,9 +22,7 @@ def info_text(found: Mapping[str, Any]) -> str:
     sections += [_space_text(space) for space in found["spaces"]]
     if found.get("forgotten"):
         sections.append(f"{counted(found['forgotten'], 'image')} forgotten: extractions leave them out")
-    bottlenecks = {
-        space["fingerprint"]: space["notes"].get("aliases", {}).get("bottleneck") for space in found["spaces"]
-    }
+    bottlenecks = {space["fingerprint"]: space["bottleneck"] for space in found["spaces"]}
     indexes = [_index_text(index, bottlenecks.get(index["fingerprint"])) for index in found.get("indexes", ())]
     sections += ["\n".join(indexes)] if indexes else []
     sections += _runs_text(whole_runs(found["runs"]))

@@ -74,6 +74,19 @@ def test_info_of_a_space_with_trained_weights_and_a_part_in_quarantine(tmp_path:
     assert f"\n  1 damaged part in quarantine; {again}\n" in text
 
 
+def test_info_names_the_bottleneck_of_a_space_and_of_its_index(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "store")
+    space = store.open_space({"dtype": "float16"}, backbone="tiny", notes={"aliases": {"bottleneck": "f6"}})
+    store.open_space({"dtype": "float32"}, backbone="other")
+    found = describe(store)
+    assert {one["backbone"]: one["bottleneck"] for one in found["spaces"]} == {"tiny": "f6", "other": None}
+    index = {"vectors": 5, "dataset": "d", "columns": ["f6:gap"], "distance": "cosine", "bytes": 20}
+    found["indexes"] = [{**index, "fingerprint": space.fingerprint}, {**index, "fingerprint": "gone"}]
+    text = summary.info_text(found)
+    assert "\nindex of 5 images of d by f6:gap (bottleneck) (cosine), 20 B" in text
+    assert "\nindex of 5 images of d by f6:gap (cosine), 20 B" in text
+
+
 def test_verify() -> None:
     clean = VerifyReport(parts=2, rows=2000, bytes=5_700_000)
     assert summary.verify_text(clean) == "2 parts checked, 2,000 rows, 5.7 MB\neverything is as it was committed"

@@ -446,6 +446,7 @@ def _describe_space(space: Space) -> dict[str, Any]:
         "fingerprint": space.fingerprint,
         "fields": space.fields,
         "notes": space.notes,
+        "bottleneck": space.bottleneck,
         "columns": {name: asdict(info) for name, info in space.columns().items()},
         "parts": len(parts),
         "rows": sum(part.rows for part in parts),

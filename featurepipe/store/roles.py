@@ -374,14 +374,14 @@ def _classes_of(table: ColumnTable, asked: str | None) -> LabelTable:
     Raises:
         UsageError: It has no column ``label`` and no other was asked for; proposes those that it has.
     """
-    try:
-        return table.labels(asked)
-    except UsageError as error:
-        if not table.columns or asked is not None or column_named(LABEL, table.columns) is not None:
-            raise
+    if asked is None and table.columns and column_named(LABEL, table.columns) is None:
         near = nearest(LABEL, table.columns) or table.columns
         options = [part for name in near[:_NAMED] for part in (" or ", Option("label", name))][1:]
-        raise UsageError(Message(error.message, "; if another is the class: ", *options)) from error
+        has = (
+            f"{table.name}: no column `{LABEL}` among {first_names(table.columns, _LISTED)}; if another is the class: "
+        )
+        raise UsageError(Message(has, *options))
+    return table.labels(asked)
 
 
 def _with_group(columns: _Columns, features: FeatureSet, asked: str | None, say: Callable[[str], None]) -> FeatureSet:

@@ -595,8 +595,8 @@ def test_a_file_without_the_class_has_its_other_columns_proposed(kept):
     table = pa.table({"id": NAMES, "klass": list("xxyy"), "series": list("sstt")})
     with pytest.raises(UsageError) as found:
         joined(kept, table)
-    assert found.value.spelled(on_command_line)[0].endswith(
-        "; if another is the class: --label klass or --label series"
+    assert found.value.spelled(on_command_line) == (
+        "the table: no column `label` among klass, series; if another is the class: --label klass or --label series",
     )
     with pytest.raises(UsageError, match="unknown column 'klas'; there are klass, "):
         joined(kept, table, label="klas")
