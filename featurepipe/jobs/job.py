@@ -279,6 +279,10 @@ class QuestionTable(BaseTable, RawIdsOption, NodeOption, frozen=True):
     labels: JobPath | None = None
     """A CSV with the columns id and label; by default that of `[source]`."""
 
+    def file(self, *, date: str, run: str, job: str) -> Path:
+        """The file of one night."""
+        return Path(self.to.format(date=date, run=run, job=job))
+
 
 class SimilarTable(QuestionTable, LookOptions, DistanceOption, frozen=True):
     """``[[similar]]``: what this run's new images look like; see `featurepipe similar`."""
@@ -418,6 +422,11 @@ class Job(BaseTable, frozen=True):
     def file(self) -> Path | None:
         """Where the job was read from, for messages; None for one that was made without a file."""
         return self._file
+
+    def named(self, path: Path) -> str:
+        """A path as people find it: as the job file would give it, if it is in that file's folder, else the whole."""
+        folder = "" if self._file is None else os.path.normpath(self._file.absolute().parent)
+        return str(path.relative_to(folder) if folder and path.is_relative_to(folder) else path)
 
     @property
     def bundles(self) -> dict[str, Path]:

@@ -99,7 +99,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
         found["warnings"] = [warning.spelled(keys_of("extract")) for warning in found["warnings"]]
         estimates.append({"backbone": features.backbone, "nodes": list(features.nodes), **found})
     seconds = [found["seconds"] for found in estimates]
-    steps = [(step, *outlook(step.table, job.name)) for step in steps_of(job)]
+    steps = [(step, *outlook(step.table, job)) for step in steps_of(job)]
     return {
         "dry_run": True,
         "job": job.name,
@@ -118,7 +118,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
     }
 
 
-def outlook(table: BaseTable, job: str) -> tuple[bool | None, str]:
+def outlook(table: BaseTable, job: Job) -> tuple[bool | None, str]:
     """Whether a step of a job would run, None where that depends on the night; and what it would do, if that were now."""
     match table:
         case TrainTable() | FinetuneTable():
@@ -131,26 +131,25 @@ def outlook(table: BaseTable, job: str) -> tuple[bool | None, str]:
         case DepthTable() | RoutesTable():
             return (True, "always") if table.when == "always" else (None, f"if {table.when} since the last comparison")
         case _:
-            return True, _upkeep(table)
+            return True, _upkeep(table, job)
 
 
-def _of_file(table: PredictTable | ExportTable | QuestionTable, job: str) -> tuple[bool | None, str]:
+def _of_file(table: PredictTable | ExportTable | QuestionTable, job: Job) -> tuple[bool | None, str]:
     """The same of a step whose answer is a file."""
-    day = datetime.now(UTC).date().isoformat()
+    place = table.place if isinstance(table, ExportTable) else table.file
+    into = f"into {job.named(place(date=datetime.now(UTC).date().isoformat(), run='RUN-ID', job=job.name))}"
     if isinstance(table, QuestionTable):
         of_new = isinstance(table, SimilarTable) or getattr(table, "since", None) is not None
-        return None if of_new else True, f"asks of this run's features, into {Path(table.to).name}"
-    runs = None if table.images == "new" else True
-    if isinstance(table, PredictTable):
-        return runs, f"predicts {table.images} images, into {table.file(date=day, run='RUN-ID', job=job).name}"
-    return runs, f"hands on {table.images} images, into {table.place(date=day, run='RUN-ID', job=job).name}"
+        return None if of_new else True, f"asks of this run's features, {into}"
+    does = "predicts" if isinstance(table, PredictTable) else "hands on"
+    return None if table.images == "new" else True, f"{does} {table.images} images, {into}"
 
 
-def _upkeep(table: BaseTable) -> str:
+def _upkeep(table: BaseTable, job: Job) -> str:
     if isinstance(table, KeepTable):
         return f"keeps {_all(table.snapshots)} snapshots and {_all(table.runs)} run records"
     if isinstance(table, ReportTable):
-        return f"the last {table.last} nights, into {table.to.name}"
+        return f"the last {table.last} nights, into {job.named(table.to)}"
     return "always"
 
 

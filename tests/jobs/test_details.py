@@ -131,6 +131,6 @@ def test_features_are_handed_on_each_night(pile):
     folders = [pile.folder / "vectors" / run["run_id"] for run in (first, second)]
     assert [len(pq.read_table(folder)) for folder in folders] == [5, 1]
     (step,) = (entry for entry in second["steps"] if entry["step"] == "export")
-    assert (step["status"], step["result"]["text"]) == ("done", f"1 image, 1 gone, in {second['run_id']}")
+    assert (step["status"], step["result"]["text"]) == ("done", f"1 image, 1 gone, in vectors/{second['run_id']}")
     assert pq.read_table(folders[1])["id"].to_pylist() == ["new.png"]
     assert pq.read_table(folders[1] / "_deleted.parquet")["id"].to_pylist() == ["004.png"]

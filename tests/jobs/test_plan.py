@@ -47,7 +47,7 @@ def test_before_the_first_night(pile):
     assert [(step["step"], step["name"], step["runs"], step["why"]) for step in plan["steps"]] == [
         ("train", "a", True, "there is no bundle yet"),
         ("train", "b", True, "always"),
-        ("predict", "a", None, "predicts new images, into nightly-RUN-ID.parquet"),
+        ("predict", "a", None, "predicts new images, into predictions/nightly-RUN-ID.parquet"),
         ("drift", "", None, "compares this run's new images with those of nights before"),
         ("depth", "", None, "if images changed since the last comparison"),
         ("compact", "", True, "always"),

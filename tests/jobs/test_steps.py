@@ -191,7 +191,7 @@ def test_predict_labels_what_is_new_and_no_more(nights, zoo, rows, labels, tmp_p
         tmp_path / "predictions" / f"nightly-{date()}-2.parquet"
     )  # on the same date: both stay
     assert ids_in(second["file"]) == [row.id for row in more[8:]]
-    assert second["text"] == f"3 images labelled (1 more could not be used), in nightly-{date()}-2.parquet"
+    assert second["text"] == f"3 images labelled (1 more could not be used), in {second['file']}"
     found, bundle = pq.read_table(second["file"]), read_bundle(labels.bundle)
     expected = bundle.probabilities(zoo.features())[8:]
     np.testing.assert_allclose(
@@ -358,7 +358,7 @@ def test_depth_compares_again_only_when_something_changed(nights, rows, monkeypa
         return found
 
     first = current(rows, table)
-    assert first["text"] == "recommended: a:gap, logistic 0.9123 right"
+    assert first["text"] == f"recommended: a:gap, logistic 0.9123 right; page {table.report}"
     job = nights.begin(rows).job
     assert pages[0]["source"] == job.source.path  # by the job's word, where the store's would be questioned
     assert (pages[0]["only_under"], pages[0]["path_column"]) == (None, None)

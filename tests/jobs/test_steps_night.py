@@ -249,7 +249,7 @@ def test_routes_are_compared_again_when_images_changed_or_a_budget_left_some_out
     with monkeypatch.context() as slow:
         slow.setattr("featurepipe.transfer_routes.measure.TrialTimes.seconds", lambda *_: 1e6)
         short = by_step(pile.run())["routes"]["result"]
-    assert short["text"].endswith("; 2 measurements are left for the next night")
+    assert short["text"].endswith("; 2 measurements are left for the next night; page pages/routes.html")
     again = by_step(pile.run())["routes"]["result"]
     assert again["over_budget"] == 0
     assert "skipped" in by_step(pile.run())["routes"]["result"]
@@ -370,9 +370,40 @@ def test_questions_are_asked_of_every_night_and_answered_in_files(pile):
     second = pile.run()
     assert second["exit_code"] == 0, second["steps"]
     steps = {f"{entry['step']} {entry['name']}": entry["result"] for entry in second["steps"] if entry["name"]}
-    assert steps["similar {run}.csv"]["text"].startswith("look-alikes of 2 new images")
+    asked = f"asked/{second['run_id']}.csv"
+    assert steps["similar {run}.csv"]["text"] == f"look-alikes of 2 new images, in {asked}"
+    assert steps["similar {run}.csv"]["files"] == [str(pile.folder / asked)]
+    assert steps["outliers outliers.html"]["text"].endswith(" outliers of 2 new images, in asked/outliers.html")
+    assert steps["select next.csv"]["text"] == "5 images to label next, of 5, in asked/next.csv"
     rows = (pile.folder / "asked" / f"{second['run_id']}.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in rows[1:]] == ['"night/500.png"'] * 2 + ['"night/501.png"'] * 2
     assert steps["outliers outliers.html"]["images"] == 2
     assert (pile.folder / "asked" / "outliers.html").read_text().count("<img src=") >= 2
     assert "queries" not in json.dumps(second["steps"])
+
+
+def test_an_answer_is_found_by_the_record_and_the_page_and_so_is_why_there_is_none(pile):
+    pile.fill(12)  # without labels, so that there are none to check
+    tables = (
+        '[[labels]]\nto = "asked/labels.csv"\n[[outliers]]\nto = "asked/far.csv"\n[report]\nto = "pages/nights.html"'
+    )
+    pile.job(tables)
+    why = [step["why"] for step in pile.run(dry_run=True)["steps"]]
+    assert why == [
+        "asks of this run's features, into asked/labels.csv", "asks of this run's features, into asked/far.csv",
+        "the last 30 nights, into pages/nights.html",
+    ]  # fmt: skip
+    record = pile.run()
+    assert (record["status"], record["exit_code"]) == ("failed", 1)
+    labels, outliers, report = record["steps"][2:]
+    assert (labels["status"], labels["name"], labels["error_type"]) == ("failed", "labels.csv", "UsageError")
+    assert "0 labelled images are too few to be judged in 5 parts" in labels["error"]
+    assert not (pile.folder / "asked" / "labels.csv").exists()
+    assert outliers["result"]["files"] == [str(pile.folder / "asked" / "far.csv")]
+    said = f"{outliers['result']['count']} outliers of 12 images, in asked/far.csv"
+    assert (outliers["result"]["text"], report["result"]["text"]) == (said, "pages/nights.html")
+    page, text = (pile.folder / "pages" / "nights.html").read_text(), summary_text(record)
+    for shown in (page, text):
+        assert said in shown
+        assert "0 labelled images are too few to be judged in 5 parts" in shown
+    assert text.startswith("nightly: FAILED: labels labels.csv (exit code 1)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from featurepipe.display import counted
@@ -79,7 +78,8 @@ def _asked(
     **more: Any,
 ) -> dict[str, Any]:
     """Asks a question of this run's snapshot, and tells of the answer what is no list."""
-    file = _file(night, table)
+    started = datetime.fromisoformat(night.record["started"]).astimezone()
+    file = table.file(date=started.date().isoformat(), run=night.run_id, job=night.job.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     images = night.job.source
     given = table.arguments()
@@ -96,7 +96,7 @@ def _asked(
             to=file, cluster=night.executor(), silent=night.silent, **{**given, **pictures, **more},
         )  # fmt: skip
         kept = {name: value for name, value in found.items() if name not in _LISTED | {"options"}}
-        return {**kept, "text": f"{told(found)}, in {file.name}"}
+        return {**kept, "text": f"{told(found)}, in {night.job.named(file)}"}
 
     return within_time(night.stop.deadline, work, _LATE)
 
@@ -109,8 +109,3 @@ def _new_ids(night: Night, table: QuestionTable) -> list[str]:
         return []
     found = now.filter(new_images(now, before))
     return [row["id"] for row in found.to_pylist() if row["status"] == "ok"]
-
-
-def _file(night: Night, table: QuestionTable) -> Path:
-    started = datetime.fromisoformat(night.record["started"]).astimezone()
-    return Path(table.to.format(date=started.date().isoformat(), run=night.run_id, job=night.job.name))

@@ -145,7 +145,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
         **found,
         **about,
         "warnings": [said] if said else [],
-        "text": f"{counted(counts['predicted'], 'image')} {done}{unusable}, in {file.name}",
+        "text": f"{counted(counts['predicted'], 'image')} {done}{unusable}, in {night.job.named(file)}",
     }
 
 

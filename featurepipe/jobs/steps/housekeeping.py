@@ -40,7 +40,7 @@ def export(night: Night, table: ExportTable) -> dict[str, Any]:
         labels=table.labels, silent=night.silent, **{name: getattr(table, name) for name in declared(HandingOnOptions)},
     )  # fmt: skip
     gone = f", {found['deleted']:,} gone" if since is not None else ""
-    return {**found, **about, "text": f"{counted(found['rows'], 'image')}{gone}, in {place.name}"}
+    return {**found, **about, "text": f"{counted(found['rows'], 'image')}{gone}, in {night.job.named(place)}"}
 
 
 def _handed_on(night: Night, table: ExportTable) -> str | None:
@@ -156,7 +156,7 @@ def report(night: Night, table: ReportTable) -> dict[str, Any]:
     page = nights_report(
         night.store, table.to, **table.arguments(), job=night.job.name, current=night.record, silent=night.silent
     )
-    return {"file": str(page), "text": page.name}
+    return {"file": str(page), "text": night.job.named(page)}
 
 
 def metrics(night: Night, table: MetricsTable) -> dict[str, Any]:
@@ -165,6 +165,6 @@ def metrics(night: Night, table: MetricsTable) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         path = write_metrics(table.prometheus, night.record, night.store)
-        return {"file": str(path), "text": path.name}
+        return {"file": str(path), "text": night.job.named(path)}
 
     return within_time(time.monotonic() + METRICS_SECONDS, work, "the figures stay those of an earlier night")

@@ -142,7 +142,7 @@ def depth(night: Night, table: DepthTable) -> dict[str, Any]:
             "recommended": {name: best[name] for name in ("column", "head", measure, "low", "high")},
             "images": document["images"],
             "report": None if table.report is None else str(table.report),
-            "text": f"recommended: {best['column']}, {best['head']} {reached}",
+            "text": f"recommended: {best['column']}, {best['head']} {reached}{_page(night, table)}",
         }
 
     return within_time(night.stop.deadline, work, "the comparison goes on the next night")
@@ -191,10 +191,14 @@ def routes(night: Night, table: RoutesTable) -> dict[str, Any]:
             "not_tried": document["not_tried"],
             "images": document["images"],
             "report": None if table.report is None else str(table.report),
-            "text": f"recommended: {best['route']}, {measure} {best[measure]:.4f}{later}",
+            "text": f"recommended: {best['route']}, {measure} {best[measure]:.4f}{later}{_page(night, table)}",
         }
 
     return within_time(night.stop.deadline, work, "the comparison goes on the next night")
+
+
+def _page(night: Night, table: DepthTable | RoutesTable) -> str:
+    return "" if table.report is None else f"; page {night.job.named(table.report)}"
 
 
 def _is_shown(table: DepthTable | RoutesTable) -> bool:
