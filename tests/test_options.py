@@ -91,6 +91,7 @@ TABLES = {
     "labels": ("labels",),
     "outliers": ("outliers",),
     "select": ("select",),
+    "forget": ("forget",),
 }
 """Of a job file, in which the options of a step are."""
 OF_THE_JOB = {"dataset", "trust_code", "snapshot"}
@@ -107,6 +108,7 @@ NOT_IN_A_JOB = {
     "labels": OF_A_QUESTION,
     "outliers": OF_A_QUESTION,
     "select": OF_A_QUESTION,
+    "forget": OF_THE_JOB | {"dry_run", "may_come_back"},
 }
 """The first is asked for by who starts a run, as ``featurepipe run --retry-rejects``, and no lasting property of a job; weights
 are those of ``[[features]]``; a job compares the columns that it has."""

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from featurepipe.curation.options import ForgetOptions
 from featurepipe.display import counted, first_names, size
-from featurepipe.errors import FeaturepipeError, UsageError, unsearchable
+from featurepipe.errors import FeaturepipeError, Message, Option, UsageError, unsearchable
 from featurepipe.heads.bundle.bundle import seen_of
 from featurepipe.heads.bundle.files import SEEN
 from featurepipe.results import shown_as
@@ -27,8 +27,11 @@ from featurepipe.store import FeatureStore, forget_images
 from featurepipe.store.atomic import listed, read_file, read_json
 from featurepipe.store.exports import ABOUT, TABLES, texts_in
 from featurepipe.store.feature_store import is_store
+from featurepipe.store.forget import held_ids, is_unfinished
+from featurepipe.store.forgotten import Forgotten
 from featurepipe.store.keys import as_keys, keys_from_arrow, prefixes_of
 from featurepipe.store.labels import read_columns
+from featurepipe.store.options import RemovalOptions
 from featurepipe.store.snapshots import ids_and_keys
 from featurepipe.store.traces import Removal, is_in_text
 
@@ -90,21 +93,35 @@ def forget(
         look_in=None if look_in is None else tuple(os.fspath(place) for place in look_in),
     )  # fmt: skip
     target = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
-    wanted = ids_of(ids)
+    asked_by = ids if request is None and isinstance(ids, str | PathLike) else request
+    return _forgotten(target, ids_of(ids), asked, asked_by, silent=silent)
+
+
+def _forgotten(
+    store: FeatureStore,
+    ids: Iterable[str],
+    asked: ForgetOptions,
+    request: str | PathLike[str] | None,
+    *,
+    check: Callable[[Removal], object] = bool,
+    unknown_ok: bool = False,
+    silent: bool = False,
+) -> dict[str, Any]:
+    """Removes images, after ``check`` was told what would go, and ``dependents`` looked for what depends on it."""
     places = [Path(place) for place in asked.look_in or ()]
     for place in places:
         if not place.exists():
             raise UsageError(f"cannot look in {place}: {unsearchable(place) or 'it is not there'}", option="look_in")
     seen = _Looked()
-    asked_by = ids if request is None and isinstance(ids, str | PathLike) else request
 
     def look(order: Removal) -> None:
-        dependents(target, order, places, seen, None if asked_by is None else Path(asked_by).resolve())
+        check(order)
+        dependents(store, order, places, seen, None if request is None else Path(request).resolve())
 
     report = forget_images(
-        target, wanted, dataset=dataset, may_come_back=may_come_back, dry_run=dry_run, before=look, silent=silent
+        store, ids, **RemovalOptions.of(asked).arguments(), unknown_ok=unknown_ok, before=look, silent=silent
     )
-    return {**asdict(report), "dry_run": dry_run, "looked_in": [str(place) for place in places], **seen.told()}
+    return {**asdict(report), "dry_run": asked.dry_run, "looked_in": [str(place) for place in places], **seen.told()}
 
 
 def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
@@ -115,19 +132,123 @@ def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
     """
     if not isinstance(given, str | PathLike):
         return [str(id_) for id_ in given]
-    path = Path(given)
+    if ids := _ids_in(Path(given)):
+        return ids
+    raise UsageError(f"{given} has no ids")
+
+
+def _ids_in(path: Path) -> list[str]:
     if path.suffix.lower() in {".csv", ".parquet", ".jsonl"}:
-        ids = read_columns(path).ids.to_pylist()
-    else:
-        try:
-            ids = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"cannot read ids of {path}: {error}; give one a line, or a .csv with a column id"
-            ) from error
-    if not ids:
-        raise UsageError(f"{path} has no ids")
-    return [str(id_) for id_ in ids]
+        return [str(id_) for id_ in read_columns(path).ids.to_pylist()]
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read ids of {path}: {error}; give one a line, or a .csv with a column id") from error
+
+
+# A list that stays where it is
+
+
+@dataclass(frozen=True)
+class StandingList:
+    """The ids of a file that is read every night, and what a dataset of a store knows of them.
+
+    Attributes:
+        file: The file.
+        dataset: Whose ids they are.
+        ids: All of them, each once.
+        fresh: Those that were not forgotten before.
+    """
+
+    file: Path
+    dataset: str
+    ids: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+    @classmethod
+    def read(cls, file: Path, store: FeatureStore | None, dataset: str) -> StandingList:
+        """Reads a file of ids, as `forget` takes it; one without any, or without a byte, is a list of none.
+
+        Args:
+            file: The file.
+            store: Where the images are; None where there is no store yet.
+            dataset: Whose ids they are.
+
+        Raises:
+            UsageError: The file is not there or cannot be read.
+            StoreError: Nobody can tell what was forgotten before.
+        """
+        if not os.path.isfile(file):  # noqa: PTH113  # no PermissionError, whatever the version of Python
+            why = unsearchable(file) or "the list of images to forget is not there; an empty file is a list of none"
+            raise UsageError(f"{file}: {why}", option="ids")
+        ids = tuple(dict.fromkeys(_ids_in(file) if file.stat().st_size else ()))
+        before = Forgotten() if store is None else Forgotten.of(store.path)
+        known = before.has_ids(dataset, ids)
+        return cls(file, dataset, ids, tuple(id_ for id_, is_known in zip(ids, known, strict=True) if not is_known))
+
+    def told(self) -> dict[str, int]:
+        """How many ids there are, and how many of them were forgotten before."""
+        return {"listed": len(self.ids), "forgotten_before": len(self.ids) - len(self.fresh)}
+
+
+def would_forget(listed: StandingList, store: FeatureStore | None) -> dict[str, Any]:
+    """What `forget_listed` would do with a list; takes no lock and changes nothing.
+
+    Returns:
+        ``listed`` (ids), ``forgotten_before``, ``known`` (to the store, and so would go), ``unknown``, ``unfinished`` (whether a
+        killed call would be finished first).
+    """
+    known = len(held_ids(store, listed.fresh, listed.dataset)) if store is not None and listed.fresh else 0
+    counts = {**listed.told(), "known": known, "unknown": len(listed.fresh) - known}
+    return {**counts, "unfinished": store is not None and is_unfinished(store)}
+
+
+def forget_listed(
+    listed: StandingList, store: FeatureStore, *, at_most: int, look_in: Iterable[str] = (), silent: bool = False
+) -> dict[str, Any]:
+    """Removes the images of a list that were not forgotten before, unless these are more than a bound.
+
+    Ids that are nowhere in the store are refused from now on, as the others are. What a killed call began is finished first.
+
+    Args:
+        listed: The list.
+        store: The store.
+        at_most: The most images of what the store holds that may go.
+        look_in: Where to look for what depends on the images, besides what run records name.
+        silent: Show no progress.
+
+    Returns:
+        What `forget` returns, ``listed`` (ids) and ``forgotten_before``.
+
+    Raises:
+        UsageError: More would go; nothing of the list did. Its ``record`` has the counts.
+        StoreLocked: Someone is writing into the store.
+        StoreError: A snapshot or record cannot be read; nothing is changed.
+    """
+    asked = ForgetOptions(dataset=listed.dataset, look_in=tuple(look_in) or None)
+
+    def check(order: Removal) -> None:
+        if order.known > at_most:
+            counts = {**listed.told(), "known": order.known, "unknown": len(order.ids) - order.known}
+            raise UsageError(_too_many(listed, store, order.known, at_most), record=counts)
+
+    found = _forgotten(store, listed.fresh, asked, listed.file, check=check, unknown_ok=True, silent=silent)
+    return {**found, **listed.told()}
+
+
+def _too_many(listed: StandingList, store: FeatureStore, known: int, at_most: int) -> Message:
+    told = listed.told()
+    before = (
+        f" ({told['forgotten_before']:,} of its {counted(told['listed'], 'id')} were before)"
+        if told["forgotten_before"]
+        else ""
+    )
+    words = ["featurepipe", "forget", str(store.path), "--ids", str(listed.file), "--dataset", listed.dataset]
+    return Message(
+        f"{listed.file.name} names {counted(known, 'image')} that the store holds, more than ", Option("at_most", at_most),
+        f" allows: nothing was forgotten{before}. See what would go: {shlex.join([*words, '--dry-run'])}; if that is right, the "
+        "same without --dry-run, or allow more",
+    )  # fmt: skip
 
 
 # What was made of them

@@ -50,13 +50,18 @@ class SnapshotOption(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForgetOptions(RemovalOptions):
-    """What `featurepipe.curation.forget.forget` removes, and where it looks for what depends on it."""
+class LookInOption(OptionGroup):
+    """Where to look for what depends on images."""
 
     look_in: tuple[str, ...] | None = option(
         None, "search this folder or file, too, for bundles, stores, pages and tables that depend on the images; may be repeated",
-        metavar="PATH",
+        metavar="PATH", is_path=lambda _: True,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetOptions(LookInOption, RemovalOptions):
+    """What `featurepipe.curation.forget.forget` removes, and where it looks for what depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,14 @@ from pydantic import (
     field_validator,
 )
 
-from featurepipe.curation.options import ChoiceOptions, DistanceOption, FarOptions, LookOptions, SuspectsOptions
+from featurepipe.curation.options import (
+    ChoiceOptions,
+    DistanceOption,
+    FarOptions,
+    LookInOption,
+    LookOptions,
+    SuspectsOptions,
+)
 from featurepipe.errors import UsageError, unknown
 from featurepipe.execution.launchers import ClusterTable
 from featurepipe.extraction.limits import GONE_IN_JOBS, Limits, seconds_at_most
@@ -209,6 +216,15 @@ class LimitsTable(BaseTable, DamageOptions, Limits, frozen=True):
     """Images of the last snapshot that may be missing from this run's listing, a number or a share."""
 
 
+class ForgetTable(BaseTable, LookInOption, frozen=True):
+    """``[forget]``: images that leave the store before anything is extracted; see `featurepipe forget`."""
+
+    ids: JobPath
+    """The images: `.txt` with an id a line, or `.csv`, `.parquet`, `.jsonl` with a column `id`; may be emptied after a night."""
+    at_most: int = Field(ge=1)
+    """The most images that may leave the store in a night; where the file names more of those that it holds, none leaves."""
+
+
 class TrainTable(BaseTable, FitOptions, frozen=True):
     """``[[train]]``: a head to train; see `featurepipe train`."""
 
@@ -235,7 +251,18 @@ class FinetuneTable(BaseTable, LoopOptions, frozen=True):
     """A CSV with the columns id and label; by default that of `[source]`."""
 
 
-class PredictTable(BaseTable, RawIdsOption, TopOption, frozen=True):
+class AnswerTable(BaseTable, frozen=True):
+    """What tables that write a file each night have in common."""
+
+    to: Template
+    """The file or folder; `{date}`, `{run}` and `{job}` are replaced."""
+
+    def file(self, *, date: str, run: str, job: str) -> Path:
+        """The file of one night."""
+        return Path(self.to.format(date=date, run=run, job=job))
+
+
+class PredictTable(AnswerTable, RawIdsOption, TopOption, frozen=True):
     """``[[predict]]``: a bundle whose predictions are written down."""
 
     bundle: JobPath
@@ -245,12 +272,8 @@ class PredictTable(BaseTable, RawIdsOption, TopOption, frozen=True):
     images: Literal["new", "all"] = "new"
     """This run's new images, or all."""
 
-    def file(self, *, date: str, run: str, job: str) -> Path:
-        """The file of one night."""
-        return Path(self.to.format(date=date, run=run, job=job))
 
-
-class ExportTable(BaseTable, HandingOnOptions, frozen=True):
+class ExportTable(AnswerTable, HandingOnOptions, frozen=True):
     """``[[export]]``: features handed on to other programs; see `featurepipe export`."""
 
     node: str
@@ -264,12 +287,8 @@ class ExportTable(BaseTable, HandingOnOptions, frozen=True):
     labels: JobPath | None = None
     """A CSV with the columns id and label; by default that of `[source]`."""
 
-    def place(self, *, date: str, run: str, job: str) -> Path:
-        """The file or folder of one night."""
-        return Path(self.to.format(date=date, run=run, job=job))
 
-
-class QuestionTable(BaseTable, RawIdsOption, NodeOption, frozen=True):
+class QuestionTable(AnswerTable, RawIdsOption, NodeOption, frozen=True):
     """What tables of questions asked of features have in common."""
 
     to: Template
@@ -278,10 +297,6 @@ class QuestionTable(BaseTable, RawIdsOption, NodeOption, frozen=True):
     """The network, where several `[[features]]` have the column."""
     labels: JobPath | None = None
     """A CSV with the columns id and label; by default that of `[source]`."""
-
-    def file(self, *, date: str, run: str, job: str) -> Path:
-        """The file of one night."""
-        return Path(self.to.format(date=date, run=run, job=job))
 
 
 class SimilarTable(QuestionTable, LookOptions, DistanceOption, frozen=True):
@@ -386,6 +401,8 @@ class Job(BaseTable, frozen=True):
     """Where all this is done, if not on this machine alone."""
     limits: LimitsTable = LimitsTable()
     """What a night may cost, and what makes it fail."""
+    forget: ForgetTable | None = None
+    """Images that leave the store before anything is extracted."""
     train: Annotated[tuple[TrainTable, ...], BeforeValidator(listed)] = ()
     """Heads to train."""
     finetune: Annotated[tuple[FinetuneTable, ...], BeforeValidator(listed)] = ()
@@ -439,6 +456,23 @@ class Job(BaseTable, frozen=True):
         """The questions asked of features, in their order, by the keys that name them."""
         kinds = {"similar": self.similar, "labels": self.labels, "outliers": self.outliers, "select": self.select}
         return {f"{kind}[{place}]": table for kind, tables in kinds.items() for place, table in enumerate(tables)}
+
+    @property
+    def targets(self) -> list[tuple[str, Path]]:
+        """What the job writes besides the store, placeholders as they are, by the keys that name it."""
+        pages = {
+            "depth.report": self.depth.report if self.depth else None,
+            "routes.report": self.routes.report if self.routes else None,
+            "report.to": self.report.to if self.report else None,
+            "metrics.prometheus": self.metrics.prometheus if self.metrics else None,
+        }
+        return [
+            *self.bundles.items(),
+            *((f"predict[{place}].to", Path(table.to)) for place, table in enumerate(self.predict)),
+            *((f"export[{place}].to", Path(table.to)) for place, table in enumerate(self.export)),
+            *((f"{key}.to", Path(table.to)) for key, table in self.questions.items()),
+            *((key, path) for key, path in pages.items() if path is not None),
+        ]
 
     @property
     def networks(self) -> frozenset[str]:

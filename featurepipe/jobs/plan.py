@@ -37,12 +37,12 @@ from featurepipe.jobs.job import (
     QuestionTable,
     ReportTable,
     RoutesTable,
-    SimilarTable,
     TrainTable,
 )
-from featurepipe.jobs.record import DONE, FAILED, OUT_OF_TIME, RunRecord
+from featurepipe.jobs.record import DONE, FAILED, INTERRUPTED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import JobSource, LabelledSource, RetryPolicy, check_labels
-from featurepipe.jobs.step import steps_of
+from featurepipe.jobs.step import is_of_new, steps_of
+from featurepipe.jobs.steps.housekeeping import outlook_of_forget
 from featurepipe.jobs.validation import Problem, keys_of, told
 from featurepipe.monitoring.samples import snapshot_of_run
 from featurepipe.option_groups import declared
@@ -68,7 +68,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
 
     Raises:
         SourceError: the source cannot be listed, or its labels are not there.
-        UsageError: a network or node is unknown, or the dataset is another source's.
+        UsageError: a network or node is unknown, the dataset is another source's, or the list of images to forget is not there.
     """
     check_networks(job, first=True)
     if job.source.labels is not None:
@@ -83,6 +83,9 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
     store = existing_store(job.store)
     if store is not None:
         check_dataset(job, file, store, dataset, source.location)
+    forgetting: tuple[bool | None, str] = (
+        (None, "") if job.forget is None else outlook_of_forget(job.forget, store, dataset)
+    )
     estimates = []
     labelled = LabelledSource(images, asked=job.source.labels is not None, roles=_roles_asked(job))
     if job.source.labels is not None:
@@ -99,7 +102,7 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
         found["warnings"] = [warning.spelled(keys_of("extract")) for warning in found["warnings"]]
         estimates.append({"backbone": features.backbone, "nodes": list(features.nodes), **found})
     seconds = [found["seconds"] for found in estimates]
-    steps = [(step, *outlook(step.table, job)) for step in steps_of(job)]
+    steps = [(step, *(forgetting if step.step == "forget" else outlook(step.table, job))) for step in steps_of(job)]
     return {
         "dry_run": True,
         "job": job.name,
@@ -136,11 +139,9 @@ def outlook(table: BaseTable, job: Job) -> tuple[bool | None, str]:
 
 def _of_file(table: PredictTable | ExportTable | QuestionTable, job: Job) -> tuple[bool | None, str]:
     """The same of a step whose answer is a file."""
-    place = table.place if isinstance(table, ExportTable) else table.file
-    into = f"into {job.named(place(date=datetime.now(UTC).date().isoformat(), run='RUN-ID', job=job.name))}"
+    into = f"into {job.named(table.file(date=datetime.now(UTC).date().isoformat(), run='RUN-ID', job=job.name))}"
     if isinstance(table, QuestionTable):
-        of_new = isinstance(table, SimilarTable) or getattr(table, "since", None) is not None
-        return None if of_new else True, f"asks of this run's features, {into}"
+        return None if is_of_new(table) else True, f"asks of this run's features, {into}"
     does = "predicts" if isinstance(table, PredictTable) else "hands on"
     return None if table.images == "new" else True, f"{does} {table.images} images, {into}"
 
@@ -207,6 +208,7 @@ class Extractions:
         executor: who computes.
         before: the dataset's snapshot before this run, if there is one.
         warned: what extractions have warned of: the next feature space, or try, says the same.
+        why_not: why nothing can be extracted, if so.
     """
 
     job: Job
@@ -217,28 +219,34 @@ class Extractions:
     executor: ExecutorWhenNeeded = in_this_process
     before: str | None = None
     warned: set[str] = field(default_factory=set)
+    why_not: str = ""
+
+    def __post_init__(self) -> None:
+        table = self.job.source
+        self._source = JobSource(self.job, self.stop)
+        self._patience = RetryPolicy(
+            table.retries, table.first_wait, table.longest_wait, self.stop, self.record.waiting
+        )
 
     def run(self) -> None:
-        """Lists the source and computes what is new, space by space, until one ends in a way that the others would, too."""
-        source = JobSource(self.job, self.stop)
+        """Computes what is new, space by space, until one ends in a way that the others would, too."""
         table = self.job.source
-        patience = RetryPolicy(table.retries, table.first_wait, table.longest_wait, self.stop, self.record.waiting)
-        why = self._list(source, patience)
-        images = LabelledSource(source, asked=table.labels is not None, roles=_roles_asked(self.job))
+        why = self.why_not or ("the run was stopped" if self.record.has(INTERRUPTED) else "")
+        images = LabelledSource(self._source, asked=table.labels is not None, roles=_roles_asked(self.job))
         if table.labels and not why:
-            self._label(images, table.labels, patience)
+            self._label(images, table.labels)
         for place, features in enumerate(self.job.features):
             if why:
                 self.record.not_reached("extract", features.backbone, why)
             else:
-                why = self._extract(place, source, images, patience)
-        self.record.listing = source.seconds
+                why = self._extract(place, images)
+        self.record.listing = self._source.seconds
 
-    def _list(self, source: JobSource, patience: RetryPolicy) -> str:
-        """Lists the source; returns why nothing can be extracted, if so."""
+    def list_source(self) -> None:
+        """Lists the source, which is the first step of a night."""
 
         def work() -> dict[str, Any]:
-            found = patience.insist(source)
+            found = self._patience.insist(self._source)
             dataset = self.job.dataset or dataset_name(found.name)
             check_dataset(self.job, self.record.file, self.record.store, dataset, found.location)
             self.record.dataset = dataset
@@ -249,22 +257,22 @@ class Extractions:
             return {"source": found.location, "listed": listing.images, "listing": listing.as_dict()}
 
         entry = self.record.attempt("list", "", work)
-        return "" if entry["status"] == DONE else "the source was not listed"
+        self.why_not = "" if entry["status"] == DONE else "the source was not listed"
 
-    def _label(self, images: LabelledSource, file: Path, patience: RetryPolicy) -> None:
+    def _label(self, images: LabelledSource, file: Path) -> None:
         """Reads the labels file; one that cannot be had or used fails the night, but keeps no image from being computed."""
         if self.before is not None:
             images.earlier = self.record.store.snapshot(self.record.dataset, self.before, columns=("id", "label"))
-        self.record.attempt("labels", "", lambda: patience.insist(lambda: images.read(file)))
+        self.record.attempt("labels", "", lambda: self._patience.insist(lambda: images.read(file)))
 
-    def _extract(self, place: int, source: JobSource, images: LabelledSource, patience: RetryPolicy) -> str:
+    def _extract(self, place: int, images: LabelledSource) -> str:
         """Extracts one feature space; returns why no other one can be, if so."""
         features = self.job.features[place]
         found: dict[str, Any] = {}
 
         def work() -> dict[str, Any]:
             try:
-                found.update(patience.insist(lambda: self._try(features, source, images)))
+                found.update(self._patience.insist(lambda: self._try(features, images)))
             except (UsageError, WeightsNotFound) as error:
                 raise in_its_table(error, self.job, place) from error
             return {**{name: found[name] for name in _TOLD if name in found}, "warnings": self._warnings(found)}
@@ -277,7 +285,7 @@ class Extractions:
             return ""
         return f"extract {features.backbone} did not end well"
 
-    def _try(self, features: FeaturesTable, source: JobSource, images: LabelledSource) -> dict[str, Any]:
+    def _try(self, features: FeaturesTable, images: LabelledSource) -> dict[str, Any]:
         try:
             run = extract(
                 images(),
@@ -291,7 +299,7 @@ class Extractions:
             )
         except Exception as error:  # whatever it is, what was computed before counts
             if isinstance(error, SourceError):
-                source.forget()
+                self._source.forget()
             record = getattr(error, "record", None)
             if record is not None:
                 self.record.extractions.append(record)

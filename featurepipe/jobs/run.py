@@ -17,7 +17,16 @@ from featurepipe.jobs.job import Job
 from featurepipe.jobs.lock import HeldLock, job_lock
 from featurepipe.jobs.log import LogFormat, job_log
 from featurepipe.jobs.record import DONE, INTERRUPTED, OUT_OF_TIME, SKIPPED, RunRecord
-from featurepipe.jobs.step import AT_ANY_END, OF_ANY_RUN, OF_ONE_DATASET, OF_THIS_RUN, Night, Step, steps_of
+from featurepipe.jobs.step import (
+    AT_ANY_END,
+    BEFORE_EXTRACTION,
+    OF_ANY_RUN,
+    OF_ONE_DATASET,
+    OF_THIS_RUN,
+    Night,
+    Step,
+    steps_of,
+)
 from featurepipe.jobs.validation import read_job
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
@@ -79,6 +88,8 @@ def run_job(
             record = RunRecord(job, file, store, store.new_run_id(), log, retry_rejects, job.dataset or "")
             with log.about(run_id=record.run_id), record.kept(), executor_when_needed(cluster, log.say) as executor:
                 extractions = Extractions(job, record, stop, log.say, silent, executor)
+                extractions.list_source()
+                _take_steps(_night(extractions), record, held, early=True)
                 extractions.run()
                 _take_steps(_night(extractions), record, held)
                 _close(record, stop, held)
@@ -120,9 +131,18 @@ def _last_dataset(store: FeatureStore, job: str) -> str:
     return next(names, "")
 
 
-def _take_steps(night: Night, record: RunRecord, held: HeldLock) -> None:
-    """Takes the steps in their order; those that tell of the night see it as it will end if they succeed."""
+def _take_steps(night: Night, record: RunRecord, held: HeldLock, *, early: bool = False) -> None:
+    """Takes the steps in their order; those that tell of the night see it as it will end if they succeed.
+
+    Args:
+        night: as it is.
+        record: told what becomes of each step.
+        held: the job's lock.
+        early: take those that come before the extractions, and else all others.
+    """
     for step in steps_of(night.job):
+        if (step.step in BEFORE_EXTRACTION) is not early:
+            continue
         why = _why_not(step, night, record, held)
         if why:
             record.not_reached(step.step, step.name, why)
@@ -166,6 +186,8 @@ def _why_not(step: Step, night: Night, record: RunRecord, held: HeldLock) -> str
 
 
 def _what_is_missing(step: Step, night: Night) -> str:
+    if step.step in BEFORE_EXTRACTION and night.record["steps"][0]["status"] != DONE:
+        return "the source was not listed"
     if step.step in OF_ONE_DATASET and not night.dataset:
         return "no run of the job has listed its source yet, so that nobody knows the dataset's name"
     if step.step in OF_THIS_RUN and len(night.extracted) < len(night.job.features):

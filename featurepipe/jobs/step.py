@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.execution.dask import ExecutorWhenNeeded, in_this_process
-from featurepipe.jobs.job import BaseTable, Job
+from featurepipe.jobs.job import BaseTable, Job, QuestionTable, SimilarTable
 
 if TYPE_CHECKING:
     from featurepipe.interrupt import StopRequest
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 QUESTIONS = frozenset({"similar", "labels", "outliers", "select"})
 """Steps that ask something of features."""
+BEFORE_EXTRACTION = frozenset({"forget"})
+"""Steps that come after the source was listed, which tells whose dataset it is, and before anything is extracted."""
 OF_THIS_RUN = QUESTIONS | {"train", "finetune", "predict", "export", "drift", "depth", "routes"}
 """Steps that make no sense unless all features of this run's images are there."""
-OF_ONE_DATASET = OF_THIS_RUN | {"keep"}
+OF_ONE_DATASET = OF_THIS_RUN | {"keep", "forget"}
 """Steps that make no sense, and may do harm, unless the dataset's name is known."""
 OF_ANY_RUN = frozenset({"report", "metrics"})
 """Steps that tell of a night however it went, and so run when the time is over, too."""
@@ -50,8 +52,15 @@ class Step:
         return f"{self.step} {self.name}".strip()
 
 
+def is_of_new(table: QuestionTable) -> bool:
+    """Whether a question is asked of new images only, and so of none on many nights."""
+    return isinstance(table, SimilarTable) or getattr(table, "since", None) is not None
+
+
 def steps_of(job: Job) -> Iterator[Step]:
     """The steps of a job, in the order in which they run."""
+    if job.forget is not None:
+        yield Step("forget", "", job.forget)
     for train in job.train:
         yield Step("train", train.out.name, train)
     for finetune in job.finetune:

@@ -195,20 +195,17 @@ def _decoding(job: Job) -> Iterator[Problem]:
 
 
 def _same_target_twice(job: Job) -> Iterator[Problem]:
-    targets = [
-        *job.bundles.items(),
-        *((f"predict[{place}].to", Path(table.to)) for place, table in enumerate(job.predict)),
-        *((f"export[{place}].to", Path(table.to)) for place, table in enumerate(job.export)),
-        *((f"{key}.to", Path(table.to)) for key, table in job.questions.items()),
-        *((f"{name}.report", table.report) for name, table in _comparisons(job) if table.report),
-        *((("report.to", job.report.to),) if job.report else ()),
-        *((("metrics.prometheus", job.metrics.prometheus),) if job.metrics else ()),
-    ]
     seen: dict[Path, str] = {}
-    for key, target in targets:
+    for key, target in job.targets:
         first = seen.setdefault(target, key)
         if first != key:
             yield key, target, f"{first} is written to the same place; one would replace the other"
+
+
+def _listed_by_the_job(job: Job) -> Iterator[Problem]:
+    for key, target in job.targets:
+        if job.forget and target == job.forget.ids:
+            yield "forget.ids", target, f"{key} writes it: whom to forget is for people to say; name a file of theirs"
 
 
 def _bundle_places(job: Job) -> Iterator[Problem]:
@@ -429,6 +426,7 @@ def _networks(tables: Sequence[FeaturesTable]) -> str:
     return ", ".join(dict.fromkeys(table.backbone for table in tables))
 
 
+_WRITING = QUESTIONS | {"train", "finetune", "predict", "export", "depth", "routes", "report", "metrics"}
 CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = (
     (_waits, frozenset({"source"})),
     (_same_network_twice, frozenset({"features"})),
@@ -447,10 +445,8 @@ CHECKS: tuple[tuple[Callable[[Job], Iterator[Problem]], frozenset[str]], ...] = 
     (_exports, frozenset({"export"})),
     (_suffixes, frozenset({"report", "depth", "routes", "metrics"})),
     (_bundle_places, frozenset({"store", "source", "train", "finetune"})),
-    (
-        _same_target_twice,
-        frozenset({"train", "finetune", "predict", "export", "depth", "routes", "report", "metrics", *QUESTIONS}),
-    ),
+    (_same_target_twice, _WRITING),
+    (_listed_by_the_job, _WRITING | {"forget"}),
 )
 """Each check, and the tables it looks at: it is left out where one of these is wrong in itself."""
 

@@ -53,6 +53,8 @@ class ForgetReport:
         dataset: Whose images.
         images: How many ids were asked for.
         known: How many of them the store had something of.
+        unknown: How many of them are nowhere in it and were not forgotten before, where those are no error.
+        unknown_ids: Some of these, at most 20.
         keys: Different bytes that went with them.
         rows_dropped: Rows that went from parts.
         parts_rewritten: Parts without these rows now.
@@ -79,6 +81,8 @@ class ForgetReport:
     dataset: str = ""
     images: int = 0
     known: int = 0
+    unknown: int = 0
+    unknown_ids: list[str] = field(default_factory=list)
     keys: int = 0
     rows_dropped: int = 0
     parts_rewritten: int = 0
@@ -107,6 +111,7 @@ def forget_images(
     dataset: str | None = None,
     may_come_back: bool = False,
     dry_run: bool = False,
+    unknown_ok: bool = False,
     before: Callable[[Removal], object] = lambda _order: None,
     silent: bool = True,
 ) -> ForgetReport:
@@ -122,14 +127,16 @@ def forget_images(
         dataset: Whose ids they are; by default the store's only dataset.
         may_come_back: Do not refuse them in the next extractions, and no longer those that were.
         dry_run: Only say what would go.
-        before: Called with each order before anything of it is changed: afterwards nobody knows the keys.
+        unknown_ok: Ids that are nowhere in the store are no error: they are counted, and refused later as the others are.
+        before: Called with each order before anything of it is changed: afterwards nobody knows the keys. What it raises keeps
+            the order from being carried out.
         silent: Show no progress while the store is read back.
 
     Returns:
         What went, and what the search found afterwards.
 
     Raises:
-        UsageError: An id is nowhere in the store; nothing is changed.
+        UsageError: An id is nowhere in the store, and ``unknown_ok`` is false; nothing is changed.
         StoreLocked: Someone is writing into the store.
         StoreError: A snapshot or record cannot be read, so nobody knows whether it names them; nothing is changed.
         DiskFull: No space for a rewritten part; call again to go on.
@@ -150,7 +157,7 @@ def forget_images(
         elif not wanted:
             raise UsageError("no image to forget: give ids; no earlier call was killed that could be finished")
         if wanted:
-            order = make_order(store, wanted, asked, report)
+            order = make_order(store, wanted, asked, report, unknown_ok=unknown_ok)
             before(order)
             if not dry_run:
                 strike_documents(store.path, order, dry_run=True)  # raises before anything is changed
@@ -159,15 +166,25 @@ def forget_images(
     return report
 
 
+def is_unfinished(store: FeatureStore) -> bool:
+    """Tells whether a call was killed that the next one finishes."""
+    return is_file(store.path / JOURNAL)
+
+
+def held_ids(store: FeatureStore, ids: Iterable[str], dataset: str) -> frozenset[str]:
+    """The ids that the store has something of: a row of a snapshot or part of the dataset, or a reject. Takes no lock."""
+    return frozenset(_keys_of(store, Removal(dataset, tuple(ids)))[1])
+
+
 def _pending(store: FeatureStore) -> Removal | None:
     """What a killed call has not finished."""
     path = store.path / JOURNAL
-    if not is_file(path):
+    if not is_unfinished(store):
         return None
     record = read_document(path, ForgettingDocument)
-    texts = {name: tuple(record[name]) for name in ("ids", "keys", "kept")}
+    ids, keys, kept = (tuple(record[name]) for name in ("ids", "keys", "kept"))
     pairs = tuple((id_, key) for id_, key in record["pairs"])
-    return Removal(record["dataset"], **texts, pairs=pairs, come_back=record["come_back"])
+    return Removal(record["dataset"], ids, keys, kept, pairs, come_back=record["come_back"])
 
 
 def _journal(order: Removal) -> dict[str, Any]:
@@ -179,11 +196,13 @@ def _journal(order: Removal) -> dict[str, Any]:
 # What is to go
 
 
-def make_order(store: FeatureStore, ids: Sequence[str], asked: RemovalOptions, report: ForgetReport) -> Removal:
+def make_order(
+    store: FeatureStore, ids: Sequence[str], asked: RemovalOptions, report: ForgetReport, *, unknown_ok: bool = False
+) -> Removal:
     """Finds all keys that the images ever had, and who else has them.
 
     Raises:
-        UsageError: An id is nowhere.
+        UsageError: An id is nowhere, and ``unknown_ok`` is false.
     """
     dataset = checked_dataset(asked.dataset) if asked.dataset else store.only_dataset()
     bare = Removal(dataset, tuple(ids))
@@ -192,12 +211,13 @@ def make_order(store: FeatureStore, ids: Sequence[str], asked: RemovalOptions, r
     unknown = [id_ for id_ in ids if id_ not in found]
     again = dict(zip(unknown, before.has_ids(dataset, unknown), strict=True))
     strange = [id_ for id_ in unknown if not again[id_]]
-    if strange:
+    if strange and not unknown_ok:
         raise _nowhere(store, dataset, strange)
     keys = sorted({key for _, key in pairs})
     others = _others(store, bare, keys)
     kept = sorted(others)
     report.dataset, report.images, report.known = dataset, len(ids), len(found)
+    report.unknown, report.unknown_ids = len(strange), strange[:_NAMED]
     report.kept_keys = len(kept)
     shown = sorted({place for places in others.values() for place in places})
     report.kept_for = [{"dataset": name, "id": id_} for name, id_ in shown[:_NAMED]]
@@ -205,7 +225,8 @@ def make_order(store: FeatureStore, ids: Sequence[str], asked: RemovalOptions, r
     report.keys = len(going)
     refused = tuple((id_, key.hex()) for id_, key in sorted(pairs) if key not in others)
     refused += tuple((id_, "") for id_ in ids)
-    return Removal(dataset, tuple(ids), going, tuple(key.hex() for key in kept), refused, come_back=asked.may_come_back)
+    keeps = tuple(key.hex() for key in kept)
+    return Removal(dataset, tuple(ids), going, keeps, refused, come_back=asked.may_come_back, known=len(found))
 
 
 def _nowhere(store: FeatureStore, dataset: str, ids: Sequence[str]) -> UsageError:

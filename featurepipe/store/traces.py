@@ -48,6 +48,7 @@ class Removal:
         kept: Hex of the keys whose rows stay for another id, without id, size and time.
         pairs: The ids, each with the keys (hex, or an empty text) that the next extractions refuse.
         come_back: Whether the images may come back.
+        known: How many of the images the store had something of when it was asked; not kept for who finishes a killed call.
     """
 
     dataset: str
@@ -56,6 +57,7 @@ class Removal:
     kept: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
     come_back: bool = False
+    known: int = 0
 
     @cached_property
     def names(self) -> frozenset[str]:

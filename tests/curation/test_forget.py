@@ -10,7 +10,7 @@ import pytest
 
 import featurepipe
 from featurepipe.cli import main
-from featurepipe.curation.forget import forget, forget_text, ids_of
+from featurepipe.curation.forget import StandingList, forget, forget_text, ids_of, would_forget
 from featurepipe.errors import UsageError
 from featurepipe.progress import show as shown
 from featurepipe.store import FeatureStore
@@ -176,6 +176,28 @@ def test_from_the_command_line(store, tmp_path, capsys, monkeypatch):
     (store.path / "mine.txt").write_text("see flat/2.png")
     assert main(["forget", str(store.path), "--id", "flat/2.png"]) == 1
     assert "STILL THERE: mine.txt: a name" in capsys.readouterr().out
+
+
+def test_a_list_that_stays_may_be_empty_and_of_any_form(store, tmp_path):
+    empty = {"a.txt": "", "b.txt": "\n  \n", "a.csv": "", "b.csv": "id,why\n", "a.jsonl": "\n", "a.parquet": ""}
+    for name, text in empty.items():
+        (tmp_path / name).write_text(text)
+        assert StandingList.read(tmp_path / name, store, "d").told() == {"listed": 0, "forgotten_before": 0}
+    forget(store, PERSON[:1], silent=True)
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfflat/0.png\r\nflat/1.png\r\nflat/0.png\r\n")
+    listed = StandingList.read(tmp_path / "bom.txt", store, "d")
+    assert (listed.ids, listed.fresh) == (tuple(PERSON), ("flat/1.png",))
+    for dataset, known in (("d", 1), ("elsewhere", 0)):
+        found = would_forget(StandingList.read(tmp_path / "bom.txt", store, dataset), store)
+        before = int(dataset == "d")
+        counts = {"listed": 2, "forgotten_before": before, "known": known, "unknown": 2 - before - known}
+        assert found == {**counts, "unfinished": False}
+    nowhere = StandingList.read(tmp_path / "bom.txt", None, "d")
+    assert would_forget(nowhere, None) == {
+        "listed": 2, "forgotten_before": 0, "known": 0, "unknown": 2, "unfinished": False,
+    }  # fmt: skip
+    with pytest.raises(UsageError, match=r"the list of images to forget is not there; an empty file is a list of none"):
+        StandingList.read(tmp_path / "absent.txt", store, "d")
 
 
 def test_ids_from_files(tmp_path):

@@ -58,6 +58,11 @@ time_budget = "6h"
 min_free = "20GB"
 max_gone = "2.5%"
 
+[forget]
+ids = "withdrawn.csv"
+at_most = 20
+look_in = ["reports", "/srv/pages"]
+
 [[train]]
 out = "bundles/a"
 nodes = ["layer3:gap", "bottleneck"]
@@ -126,7 +131,7 @@ def test_defaults(read, tmp_path):
         features=(FeaturesTable(),),
     ).model_dump()  # fmt: skip
     assert (job.dataset, job.train, job.predict, job.export) == (None, (), (), ())
-    assert (job.drift, job.depth, job.compact, job.keep, job.report, job.metrics) == (None,) * 6
+    assert (job.forget, job.drift, job.depth, job.compact, job.keep, job.report, job.metrics) == (None,) * 7
     assert (job.source.retries, job.source.first_wait, job.source.longest_wait) == (5, 10, 600)
     assert job.features[0].nodes == ("bottleneck",)
     assert job.limits == LimitsTable(max_rejects="1%", time_budget=None, min_free=None, max_gone="50%")
@@ -149,6 +154,9 @@ def test_all_that_can_be_said(read, tmp_path):
     assert job.limits.model_dump() == {
         "max_rejects": 10, "time_budget": 21600.0, "min_free": "20GB", "max_gone": "2.5%", "damaged": "reject",
     }  # fmt: skip
+    assert job.forget.model_dump() == {
+        "ids": tmp_path / "withdrawn.csv", "at_most": 20, "look_in": (str(tmp_path / "reports"), "/srv/pages"),
+    }  # fmt: skip
     (train,) = job.train
     assert (train.out, train.head, train.params, train.pca) == (tmp_path / "bundles/a", "linear-svm", {"C": 0.1}, 64)
     assert isinstance(train.pca, int)
@@ -169,13 +177,17 @@ def test_all_that_can_be_said(read, tmp_path):
     assert job.metrics.prometheus == Path("~/featurepipe.prom").expanduser()
 
 
+def tables_below(table):
+    return [one for below in table.__subclasses__() for one in (below, *tables_below(below))]
+
+
 def test_a_job_never_changes_and_every_key_is_explained(read):
     job = read(FULL)
     with pytest.raises(ValidationError):
         job.name = "other"
     json.dumps(job.model_dump(mode="json"))
-    tables = BaseTable.__subclasses__()
-    assert {table.__name__ for table in tables} >= {"Job", "TrainTable", "MetricsTable"}
+    tables = tables_below(BaseTable)
+    assert {table.__name__ for table in tables} >= {"Job", "TrainTable", "SelectTable", "MetricsTable"}
     unexplained = [
         f"{table.__name__}.{name}" for table in tables for name, field in table.model_fields.items()
         if not (field.description or "").endswith(".")
@@ -230,6 +242,9 @@ def test_what_cannot_be_read(problems, tmp_path):
         ('[machine]\ntime_budget = "6h"', "machine.time_budget: unknown key; it belongs to [limits]"),
         ('[limits]\ndataset = "x"', "limits.dataset: unknown key; it belongs to the top of the file, before the first table"),
         ("[keep]\ndays = 3", "keep.days: unknown key; choices: snapshots, runs"),
+        ('[forget]\nids = "gone.txt"', "forget.at_most: is missing: the most images that may leave the store in a night"),
+        ('[forget]\nids = "gone.txt"\nat_most = 0', "forget.at_most = 0: must be at least 1"),
+        ('[forget]\nids = "x.csv"\nat_most = 1\n[[outliers]]\nto = "x.csv"', "forget.ids = "),
         ('[[export]]\nto = "x"', "export[0].node: is missing: the column, `NODE` or `NODE:POOLING`"),
         ("[compact]\nparts = 3", "compact.parts: unknown key; this table has none"),
         ("[report]", "report.to: is missing: the HTML file"),

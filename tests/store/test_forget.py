@@ -16,6 +16,7 @@ import pytest
 from featurepipe.errors import StoreError, StoreLocked, UsageError
 from featurepipe.store import FeatureStore, compact_store, describe, forget_images, gc_store, verify_store
 from featurepipe.store import forget as forgetting
+from featurepipe.store.forget import held_ids
 from featurepipe.store.forgotten import Forgotten
 from featurepipe.store.snapshots import SCHEMA
 from featurepipe.store.traces import Needles, Removal, in_bytes, strike
@@ -226,6 +227,31 @@ def test_what_cannot_be_read_may_name_them_so_nothing_is_changed(filled, name):
         forget_images(filled, ALICE)
     assert {path: path.read_bytes() for path in before} == before
     assert not (filled.path / "forgetting.json").exists()
+
+
+def test_ids_that_are_nowhere_may_be_refused_like_the_others(filled):
+    asked = ["alice/1.png", "alise/9.png", "alice/2.png"]
+    assert held_ids(filled, asked, "d") == set(ALICE)
+    assert held_ids(filled, asked, "elsewhere") == set()
+    report = forget_images(filled, asked, unknown_ok=True)
+    assert (report.images, report.known, report.unknown, report.unknown_ids) == (3, 2, 1, ["alise/9.png"])
+    assert (report.rows_dropped, report.left) == (2, [])
+    assert Forgotten.of(filled.path).has_ids("d", [*asked, "bob/1.png"]).tolist() == [True, True, True, False]
+    again = forget_images(filled, asked)
+    assert (again.images, again.known, again.unknown) == (3, 0, 0)
+    elsewhere = forget_images(filled, ["x.png"], dataset="new", unknown_ok=True)
+    assert (elsewhere.known, elsewhere.unknown) == (0, 1)
+
+
+def test_who_is_told_of_an_order_may_refuse_it(filled):
+    def refuse(order):
+        raise UsageError(f"{order.known} of {len(order.ids)}")
+
+    before = {path: path.read_bytes() for path in filled.path.rglob("*.*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(UsageError, match=r"^2 of 3$"):
+        forget_images(filled, [*ALICE, "alise/9.png"], unknown_ok=True, before=refuse)
+    after = {path: path.read_bytes() for path in filled.path.rglob("*.*") if path.is_file() and path.name != ".lock"}
+    assert after == before
 
 
 def test_a_store_in_use_is_not_touched(filled):

@@ -1,4 +1,4 @@
-"""What a night does after its extractions: one function a step, `(night, table) -> dict` of plain JSON values.
+"""What a night does before its extractions and after them: one function a step, `(night, table) -> dict` of plain JSON values.
 
 Each result has a ``text``, the line that the summary shows; ``skipped`` says why there was nothing to do, ``warnings`` what
 people should look at. A step that fails raises.
@@ -6,7 +6,7 @@ people should look at. A step that fails raises.
 
 from featurepipe.jobs.steps.curation import labels, outliers, select, similar
 from featurepipe.jobs.steps.heads import finetune, predict, train
-from featurepipe.jobs.steps.housekeeping import compact, export, keep, metrics, report
+from featurepipe.jobs.steps.housekeeping import compact, export, forget, keep, metrics, report
 from featurepipe.jobs.steps.measuring import depth, drift, routes
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "drift",
     "export",
     "finetune",
+    "forget",
     "keep",
     "labels",
     "metrics",

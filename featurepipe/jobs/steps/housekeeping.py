@@ -1,4 +1,4 @@
-"""What follows the measurements: features handed on, compaction, retention, the page of the last runs, figures for Prometheus."""
+"""What is done with what a store holds: images forgotten, features handed on, compaction, retention, a page and figures of it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,142 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from featurepipe.display import counted, size
-from featurepipe.errors import StoreLocked
-from featurepipe.jobs.job import CompactTable, ExportTable, KeepTable, MetricsTable, ReportTable
-from featurepipe.jobs.step import Night, within_time
+from featurepipe.display import counted, first_names, size
+from featurepipe.errors import StoreError, StoreLocked
+from featurepipe.jobs.job import CompactTable, ExportTable, ForgetTable, KeepTable, MetricsTable, ReportTable
+from featurepipe.jobs.step import Night, is_of_new, within_time
 from featurepipe.jobs.steps.heads import snapshot_of
 from featurepipe.jobs.steps.history import last_result, needed, telling_runs
 from featurepipe.option_groups import declared
 from featurepipe.records import is_success
+from featurepipe.store import FeatureStore
 from featurepipe.store.compact import compact_store
 from featurepipe.store.exports import export_dataset
 from featurepipe.store.gc import gc_store, remove_runs
 from featurepipe.store.options import HandingOnOptions
+
+_WARNED = 10
+"""Dependents that warnings name; the record has all."""
+_NAMES = frozenset({"unknown_ids", "unsearched"})
+"""What would name forgotten images in the record."""
+
+
+def forget(night: Night, table: ForgetTable) -> dict[str, Any]:
+    """Lets the images of a list leave the store, and be refused, before this run extracts anything.
+
+    Ids that were forgotten before are none to do. Those that the store does not know are refused from now on: only the log names
+    them, since the record stays. What a killed run began is finished first, whatever the list says by then.
+    """
+    from featurepipe.curation.forget import StandingList, forget_listed
+    from featurepipe.store.forget import is_unfinished
+
+    listed = StandingList.read(table.ids, night.store, night.dataset)
+    name = table.ids.name
+    if not listed.fresh and not is_unfinished(night.store):
+        return {**listed.told(), "skipped": _nothing_new(listed.told(), name)}
+
+    def work() -> dict[str, Any]:
+        found = forget_listed(
+            listed, night.store, at_most=table.at_most, look_in=table.look_in or (), silent=night.silent
+        )
+        if found["unknown"]:
+            night.say(f"not in dataset {night.dataset}: {first_names(found['unknown_ids'], len(found['unknown_ids']))}")
+        told = {key: value for key, value in found.items() if key not in _NAMES}
+        told |= {"dependents": _with_writers(night, found["dependents"])}
+        told |= {"text": _text_of_forget(told, name), "warnings": list(_warnings_of_forget(told, name))}
+        if told["left"]:
+            raise StoreError(
+                f"still there, in files that are not the store's own: {'; '.join(told['left'])}; remove them",
+                record=told,
+            )
+        return told
+
+    return within_time(night.stop.deadline, work, "the next run finishes what was begun")
+
+
+def outlook_of_forget(table: ForgetTable, store: FeatureStore | None, dataset: str) -> tuple[bool, str]:
+    """Whether a run would let images leave the store now, and how many; takes no lock and changes nothing.
+
+    Raises:
+        UsageError: The list is not there or cannot be read.
+    """
+    from featurepipe.curation.forget import StandingList, would_forget
+
+    found, name = would_forget(StandingList.read(table.ids, store, dataset), store), table.ids.name
+    if found["known"] > table.at_most:
+        held = counted(found["known"], "image")
+        return (
+            False,
+            f"fails: {name} names {held} that the store holds, more than at_most = {table.at_most}; none would go",
+        )
+    first = "finishes what a killed run began; " if found["unfinished"] else ""
+    if not found["known"] and not found["unknown"]:
+        return found["unfinished"], f"{first}{_nothing_new(found, name)}"
+    goes = (
+        f"removes {counted(found['known'], 'image')}, of earlier snapshots too"
+        if found["known"]
+        else "removes no image"
+    )
+    return True, f"{first}{goes}{_others(found, name)}"
+
+
+def _nothing_new(found: Mapping[str, Any], name: str) -> str:
+    return (
+        f"{counted(found['listed'], 'id')} in {name}, all forgotten before"
+        if found["listed"]
+        else f"{name} names no image"
+    )
+
+
+def _others(found: Mapping[str, Any], name: str) -> str:
+    """How many ids of a list are of no image that the store holds."""
+    kinds = {
+        "forgotten before": found["forgotten_before"],
+        "nowhere in the store, and refused from now on": found["unknown"],
+    }
+    others = ", ".join(f"{count:,} {what}" for what, count in kinds.items() if count)
+    return f"; of the {counted(found['listed'], 'id')} in {name}: {others}" if others else ""
+
+
+def _text_of_forget(found: Mapping[str, Any], name: str) -> str:
+    done = [f"finished what a killed run began: {counted(found['finished'], 'image')}"] if found["finished"] else []
+    done += [f"{counted(found['known'], 'image')} forgotten"] if found["known"] else []
+    if not done:
+        return f"no image forgotten{_others(found, name)}"
+    rows = f"{counted(found['rows_dropped'], 'row')} removed, {counted(found['snapshots_rewritten'], 'snapshot')} rewritten"
+    anew = sum(1 for one in found["dependents"] if one["written_by"])
+    kinds = {"to look at": len(found["dependents"]) - anew, "that this run writes anew": anew}
+    depend = ", ".join(f"{count:,} {what}" for what, count in kinds.items() if count) or "nothing that is known"
+    return f"{'; '.join(done)}, {rows}{_others(found, name)}; depends on them: {depend}"
+
+
+def _warnings_of_forget(found: Mapping[str, Any], name: str) -> Iterator[str]:
+    if found["unknown"]:
+        yield (
+            f"{counted(found['unknown'], 'id')} in {name} not in dataset {found['dataset']}: refused from now on; the log of "
+            "this run names them"
+        )
+    depend = [one for one in found["dependents"] if not one["written_by"]]
+    yield from (f"depends on forgotten images: {one['kind']} {one['path']}: {one['why']}" for one in depend[:_WARNED])
+    if len(depend) > _WARNED:
+        yield f"{len(depend) - _WARNED:,} more depend on forgotten images: see dependents in the run record"
+    yield from (f"cannot tell whether {one['path']} depends on them: {one['why']}" for one in found["unread"][:_WARNED])
+    if found["kept_keys"]:
+        others = [f"{place['id']} (dataset {place['dataset']})" for place in found["kept_for"]]
+        bytes_of = counted(found["kept_keys"], "forgotten image")
+        yield f"the bytes of {bytes_of} are those of other ids as well, for which the features stay: {first_names(others, 5)}"
+    if found["linked"]:
+        yield f"{counted(found['linked'], 'part')} had another name (a hard link), perhaps in a backup: remove it"
+
+
+def _with_writers(night: Night, dependents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What depends on images, each with the key of the job file by which this run writes it anew; empty if none does."""
+    perhaps = {f"{key}.to" for key, table in night.job.questions.items() if is_of_new(table)}
+    written = {str(target.resolve()): key for key, target in night.job.targets if key not in perhaps}
+    return [{**one, "written_by": written.get(str(Path(one["path"]).resolve()), "")} for one in dependents]
 
 
 def export(night: Night, table: ExportTable) -> dict[str, Any]:
@@ -33,7 +155,7 @@ def export(night: Night, table: ExportTable) -> dict[str, Any]:
     if since is not None and _is_same(night, since, snapshot):
         return {**about, "skipped": "no image is new, changed or gone"}
     date = datetime.fromisoformat(night.record["started"]).astimezone().date().isoformat()
-    place = table.place(date=date, run=night.run_id, job=night.job.name)
+    place = table.file(date=date, run=night.run_id, job=night.job.name)
     place.parent.mkdir(parents=True, exist_ok=True)
     found = export_dataset(
         night.store, table.node, place, dataset=night.dataset, snapshot=snapshot, since=since, backbone=table.backbone,
