@@ -199,6 +199,49 @@ def test_folds_are_fits_of_their_rows_even_where_classes_are_missing():
             assert head.predict(features).shape == (300,)
 
 
+@pytest.mark.parametrize("case", [digits, ill_conditioned, constant_columns, single_sample_class, two_classes])
+@pytest.mark.parametrize("kind", [BlockLogisticRegression, BlockLinearSVC])
+def test_overlapping_folds_reach_the_optima_of_folds_fitted_apart(case, kind):
+    features, labels = case()
+    weights = np.random.default_rng(5).uniform(0.5, 2, len(labels))
+    part = np.random.default_rng(6).integers(0, 4, len(labels))
+    folds = [part != number for number in range(4)]
+    options = {"Cs": [0.01, 1], "folds": folds, "sample_weight": weights}
+    apart = fit_path(kind(tol=1e-8), features, labels, **options)
+    together = fit_path(kind(tol=1e-5), features, labels, **options, overlapping=True)
+    for fold, ones, others in zip(folds, together, apart, strict=True):
+        for one, other in zip(ones, others, strict=True):
+            np.testing.assert_array_equal(one.classes_, other.classes_)
+            learned = features[fold], labels[fold], one.C
+            if kind is BlockLogisticRegression:
+                values = [objective(head, *learned, weights[fold]) for head in (one, other)]
+                assert values[0] <= values[1] * (1 + 1e-5)
+                np.testing.assert_allclose(one.predict_proba(features), other.predict_proba(features), atol=5e-3)
+            else:
+                np.testing.assert_allclose(one.coef_, other.coef_, atol=0.02 * np.abs(other.coef_).max())
+
+
+def test_overlapping_folds_measure_curvature_once_for_all(monkeypatch):
+    asked = []
+    values = passes.Passes._values
+
+    def watched(self, problems, requests):
+        asked.extend(request.curvature for request in requests)
+        return values(self, problems, requests)
+
+    monkeypatch.setattr(passes.Passes, "_values", watched)
+    features, labels = digits()
+    part = np.random.default_rng(6).integers(0, 5, len(labels))
+    folds = [part != number for number in range(5)]
+    counts = {}
+    for overlapping in (False, True):
+        asked.clear()
+        fit_path(BlockLogisticRegression(), features, labels, Cs=[1e-3], folds=folds, overlapping=overlapping)
+        counts[overlapping] = len(asked), sum(map(bool, asked))
+    assert counts[True][1] <= counts[False][1] / 4
+    assert counts[True][0] < counts[False][0]
+
+
 @pytest.mark.parametrize("class_weight", [None, "balanced", {0: 3.0, 1: 0.5, 2: 1, 3: 1}])
 def test_weights_of_rows_and_classes_are_those_of_scikit_learn(class_weight):
     features, labels = unscaled()

@@ -54,11 +54,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Optimum:
-    """Where an optimiser stopped, after how many iterations, and whether it was satisfied."""
+    """Where an optimiser stopped, after how many iterations, and whether it was satisfied.
+
+    Attributes:
+        point: As it started.
+        iterations: How many.
+        converged: Whether it was satisfied.
+        precondition: The approximate inverse of the second derivative that it used last, if it was to be kept.
+    """
 
     point: Vector
     iterations: int
     converged: bool
+    precondition: Precondition | None = None
 
 
 Optimiser = Generator[Evaluate, Evaluation, Optimum]
@@ -90,6 +98,7 @@ def run(
 _CAREFUL = 0.01
 _PAIRS = 10  # of steps and gradient differences that are remembered
 _JOINT_REFRESH = 10
+_KNOWN_REFRESH = 20  # from a neighbour's optimum most fits end sooner
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class OptimiserSettings:
             objective: from there to the optimum it hardly changes.
         certain: Stops only where the bound, too, is at most this fraction of the objective, or the estimate a hundredth of what
             it has to be: the bound is far from the truth along directions that bend much more than the penalty.
+        keep: Whether the optimum has the approximate inverse of the second derivative, for neighbours that start there.
     """
 
     tolerance: float
@@ -118,6 +128,7 @@ class OptimiserSettings:
     trusted: float = 0.0
     joint: bool = False
     certain: float = math.inf
+    keep: bool = False
 
     def certified(self, at: Evaluation, estimate: float) -> bool:
         """Whether more than the estimate says that the optimum is near."""
@@ -125,36 +136,45 @@ class OptimiserSettings:
         return bool(least <= abs(at.value))
 
 
-def lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
+def lbfgs(start: Vector, settings: OptimiserSettings, known: Precondition | None = None) -> Optimiser:
     """Minimises a smooth convex function by preconditioned L-BFGS (Liu & Nocedal 1989; Nocedal & Wright 2006, 7.2).
 
     The two-loop recursion starts from the preconditioner in place of a multiple of the identity. The preconditioner is
     measured anew where the iterate has moved to, and pairs from before are forgotten. The curvature of all columns together
     costs more than a pass, and is measured only where a step has ended, in a pass of its own.
+
+    With a preconditioner that is ``known``, of a problem much like this one at its optimum, which is the start, none is
+    measured before twenty iterations.
     """
     point, pairs, satisfied, step = start, _Pairs(), 0, 1.0
-    at = yield Evaluate(point, "joint" if settings.joint else "shared")
-    first, precondition, age, interval, near = at.value, at.precondition, 0, settings.refresh, False
+    at = yield Evaluate(point, "" if known else "joint" if settings.joint else "shared")
+    first, precondition, age, interval, near = at.value, known or at.precondition, 0, settings.refresh, False
+    if known:
+        age, interval, near = 1, _KNOWN_REFRESH, settings.trusted > 0
+
+    def ended(iterations: int, *, converged: bool) -> Optimum:
+        return Optimum(point, iterations, converged, precondition if settings.keep else None)
+
     for iteration in range(settings.max_iterations):
         direction = -pairs.apply(at.gradient, precondition)
         slope = _dot(at.gradient, direction)
         estimate = -slope / 2
         if not estimate > 0:  # nothing but rounding is left of the gradient
-            return Optimum(point, iteration, converged=True)
-        gained = abs(at.value) if settings.joint else first - at.value  # that estimate is near the truth
+            return ended(iteration, converged=True)
+        gained = abs(at.value) if settings.joint or known else first - at.value  # that estimate is near the truth
         goal = settings.tolerance * max(min(abs(at.value), gained), 1e-3 * abs(at.value))
         satisfied = satisfied + 1 if estimate <= goal else 0
         near = estimate <= settings.trusted * goal / settings.tolerance if age == 0 else near
         believed = age == 0 or near
         if satisfied and believed and settings.certified(at, estimate):
-            return Optimum(point, iteration, converged=True)
+            return ended(iteration, converged=True)
         measure = age + 1 >= interval or (satisfied == 2 and not believed)
         # where the last step was short, the next one hardly is 1
         kind = "each" if measure and not settings.joint else ""
         step, found = yield from line_search(point, at, direction, slope, first=min(1.0, 4 * step), curvature=kind)
         if step == 0:  # the objective cannot be told apart from its neighbours any more
             hidden = estimate <= 100 * settings.tolerance * abs(at.value)
-            return Optimum(point, iteration, converged=hidden and settings.certified(at, estimate))
+            return ended(iteration, converged=hidden and settings.certified(at, estimate))
         age += 1
         if measure and settings.joint:
             found = yield Evaluate(point + step * direction, "joint")
@@ -164,7 +184,7 @@ def lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
         else:
             pairs.add(step * direction, found.gradient - at.gradient)
         point, at = point + step * direction, found
-    return Optimum(point, settings.max_iterations, converged=False)
+    return ended(settings.max_iterations, converged=False)
 
 
 def joint_lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
