@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from sklearn.pipeline import Pipeline
 
 from featurepipe.curation.options import ON_A_PAGE, CheckLabelsOptions
 from featurepipe.curation.question import Question, column_text, files_text, more_text
@@ -18,15 +20,18 @@ from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
 from featurepipe.execution.local import features_at
 from featurepipe.features.options import Places, places
-from featurepipe.heads.blocks import Blocks
+from featurepipe.heads import fit_path
+from featurepipe.heads.blocks import Blocks, iterate
 from featurepipe.heads.families import make_head
+from featurepipe.heads.row_shards import concatenated, remote_row_shards, row_shards_of
+from featurepipe.heads.sampling import ALWAYS_TRAIN
 from featurepipe.monitoring.near import nearest
 from featurepipe.progress import show, spoken
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
-from featurepipe.training.cost import time_of
+from featurepipe.training.cost import available_memory, time_of
 from featurepipe.training.splits import dealt
 from featurepipe.training.task import weighted
 
@@ -104,8 +109,9 @@ def labels(
 
     Each image is judged by a head that has learned from other images, never from a copy of it or another of its group.
     Classes: confident learning (Northcutt, Jiang & Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset
-    Labels"; cleanlab, pruning by noise rate) on the probabilities of a logistic regression. Several labels: the same for each
-    label by itself. Numbers: those whose residual under a ridge regression is an outlier (modified z-score above 3.5).
+    Labels"; cleanlab, pruning by noise rate) on the probabilities of a logistic regression, of features standardised by all
+    images. Several labels: the same for each label by itself. Numbers: those whose residual under a ridge regression is an
+    outlier (modified z-score above 3.5).
 
     Args:
         store: The feature store or its path.
@@ -255,15 +261,22 @@ def planned(features: FeatureSet, *, folds: int = 5, seed: int = 0, timed: bool 
     def fit(count: int) -> object:
         if not counts:
             return _fitted_to_numbers(features, features, np.sort(drawn[:count]), np.asarray(targets, np.float64))
-        return _fitted(features, features, np.union1d(of_each, drawn[:count]), codes)
+        some = np.union1d(of_each, drawn[:count])
+        fold = np.where(np.isin(some, of_each), ALWAYS_TRAIN, np.arange(len(some)) % folds)
+        part = features.take(some)
+        return _out_of_fold(part, part, codes[some], fold, int(codes.max()) + 1)
 
     if timed:
         fit(2)  # loads what fits, which would be taken for the time of the first of those that are timed
     fits = folds * (len(features.target_names) or 1)
-    seconds = float(f"{fits * time_of(fit, rows, steepest=1):.2g}") if timed else None  # no estimate is better
+    seconds = None  # no estimate is better
+    if timed and counts:
+        seconds = fits / folds * time_of(fit, len(drawn), steepest=1)
+    elif timed:
+        seconds = fits * time_of(fit, rows, steepest=1)
     return {
         "classes": counts, "folds": folds, "fits": fits, "rows": rows, "width": features.shape[1],
-        "expected_seconds": seconds,
+        "expected_seconds": None if seconds is None else float(f"{seconds:.2g}"),
     }  # fmt: skip
 
 
@@ -271,17 +284,11 @@ def _suspect_classes(features: FeatureSet, values: Any, folds: int, seed: int, d
     classes = features.classes
     codes = features.codes(classes)
     fold = dealt(features, codes, np.arange(len(codes)), folds=folds, seed=seed)
-    probabilities = np.zeros((len(codes), len(classes)))
-    is_judged = np.zeros(len(codes), np.bool_)
-    for number in range(folds):
-        test = np.flatnonzero(fold == number)
-        head = _fitted(features, values, np.flatnonzero(fold != number), codes)
-        if len(test):
-            probabilities[np.ix_(test, head.classes_)] = head.predict_proba(values.take(test))
-            is_judged[test] = np.isin(
-                codes[test], head.classes_
-            )  # a class may be of copies or groups of one fold alone
+    probabilities = _out_of_fold(features, values, codes, fold, len(classes))
+    for _ in range(folds):
         done()
+    is_judged = ~np.isnan(probabilities[np.arange(len(codes)), codes])
+    probabilities = np.nan_to_num(probabilities, copy=False)
     judged = np.flatnonzero(is_judged)
     rows, score = _confident(codes[judged], probabilities[judged])
     rows = judged[rows]
@@ -290,10 +297,45 @@ def _suspect_classes(features: FeatureSet, values: Any, folds: int, seed: int, d
     return Suspects(rows, score, given, suggested, [""] * len(rows), np.flatnonzero(~is_judged))
 
 
-def _fitted(features: FeatureSet, values: Any, rows: Positions, codes: Array) -> Any:
-    head = make_head("logistic", C=_strength(len(rows)), out_of_core=True)
-    weights = features.weights
-    return head.fit(values.take(rows), codes[rows], **weighted(head, None if weights is None else weights[rows]))
+def _out_of_fold(
+    features: FeatureSet, values: Any, codes: Array, fold: Positions, classes: int
+) -> npt.NDArray[np.float64]:
+    """(n, K) probabilities of each row's classes by a head that has learned from the other folds; NaN of classes it has not seen.
+
+    Features are scaled by mean and deviation of all rows, which tell nothing of labels, so that heads share passes.
+
+    Args:
+        features: n rows.
+        values: Their features as heads read them.
+        codes: (n,) classes.
+        fold: (n,) numbers; rows of a negative one are learned from by all heads, and judged by none.
+        classes: K.
+    """
+    numbers = np.unique(fold[fold >= 0])
+    if not len(numbers):
+        return np.full((len(codes), classes), np.nan)
+    memory = available_memory() // 2 if remote_row_shards(values) is None else None
+    C = _strength(round(float(np.mean([np.count_nonzero(fold != number) for number in numbers]))))
+    *before, (_, last) = make_head("logistic", C=C, out_of_core=True, memory=memory).steps
+    scaled = Pipeline(before).fit_transform(values)
+    paths = fit_path(
+        last, scaled, codes, Cs=[C], folds=[fold != number for number in numbers], sample_weight=features.weights,
+        overlapping=True,
+    )  # fmt: skip
+    heads = {int(number): head for number, [head] in zip(numbers, paths, strict=True)}
+    work = partial(_judgements, heads=heads, classes=classes)
+    return concatenated(row_shards_of(scaled).beside(fold).map(work))
+
+
+def _judgements(blocks: Blocks, fold: Positions, *, heads: Mapping[int, Any], classes: int) -> npt.NDArray[np.float64]:
+    """(m, K) probabilities of the rows of a shard, each by the head of its fold."""
+    found = np.full((len(fold), classes), np.nan)
+    for place, block in iterate(blocks):
+        for number, head in heads.items():
+            inside = np.flatnonzero(fold[place] == number)
+            if len(inside):
+                found[np.ix_(place.start + inside, head.classes_)] = head.predict_proba(block[inside])
+    return found
 
 
 def _fitted_to_numbers(features: FeatureSet, values: Any, rows: Positions, numbers: npt.NDArray[np.float64]) -> Any:
@@ -345,13 +387,12 @@ def _suspect_labels(features: FeatureSet, values: Any, folds: int, seed: int, do
         codes = targets[known, place].astype(np.int64)
         some, read = features.take(known), values.take(known)
         fold = dealt(some, codes, np.arange(len(codes)), folds=folds, seed=seed)
-        probabilities = np.zeros((len(codes), 2))
         for number in range(folds):
-            test, train = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-            if len(test) and len(np.unique(codes[train])) == 2:
-                probabilities[test] = _fitted(some, read, train, codes).predict_proba(read.take(test))
+            if len(np.unique(codes[fold != number])) < 2:
+                fold[fold == number] = ALWAYS_TRAIN  # nobody can judge these
             done()
-        judged = np.flatnonzero(probabilities.sum(axis=1) > 0)
+        judged = np.flatnonzero(fold >= 0)
+        probabilities = _out_of_fold(some, read, codes, fold, 2)
         checked[known[judged]] = True
         rows, score = _confident(codes[judged], probabilities[judged])
         words = ("absent", "present")

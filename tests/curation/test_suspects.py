@@ -13,6 +13,7 @@ import pytest
 from featurepipe.curation import suspects as module
 from featurepipe.curation.suspects import find_suspects, labels, labels_text
 from featurepipe.errors import UsageError
+from featurepipe.heads import BlockLogisticRegression, BlockScaler, make_head
 
 
 def idx(name):
@@ -148,31 +149,56 @@ def test_copies_and_groups_are_judged_by_heads_that_have_seen_neither(blobs, mon
         blobs.images[f"{number}.png"]["group"] = blobs.images[f"{number + 1}.png"]["group"] = f"p{number}"
     blobs.add("3.png", name="copy.png", label="b")
     blobs.snapshot(blobs.store.new_run_id())
-    fitted, tested, make = [], [], module.make_head
+    told, judged, fit, judge = [], [], module.fit_path, module._out_of_fold
 
-    class Watched:
-        def __init__(self, head):
-            self.head = head
+    def watched(*args, folds, **options):
+        told.extend(folds)
+        return fit(*args, folds=folds, **options)
 
-        def fit(self, rows, codes, **weights):
-            fitted.append({*rows.keys64.tolist(), *rows.groups.tolist()} - {None})
-            self.head.fit(rows, codes, **weights)
-            return self
-
-        def predict_proba(self, rows):
-            tested.append({*rows.keys64.tolist(), *rows.groups.tolist()} - {None})
-            return self.head.predict_proba(rows)
-
-        @property
-        def classes_(self):
-            return self.head.classes_
-
-    monkeypatch.setattr(module, "make_head", lambda *args, **options: Watched(make(*args, **options)))
+    monkeypatch.setattr(module, "fit_path", watched)
+    monkeypatch.setattr(module, "_out_of_fold", lambda known, *args: judged.append(known) or judge(known, *args))
     found = labels(blobs.store, group="patient", silent=True)
     assert {suspect["id"] for suspect in found["suspects"]} >= {"3.png", "copy.png"}
-    assert len(tested) == 5
-    shared = [len(train & test) for train, test in zip(fitted, tested, strict=True)]
-    assert shared == [0] * 5
+    [known] = judged
+    units = [{key, group} - {None} for key, group in zip(known.keys64.tolist(), known.groups.tolist(), strict=True)]
+    assert len(told) == 5
+    for learned in told:
+        train, test = (set().union(*(units[row] for row in np.flatnonzero(side))) for side in (learned, ~learned))
+        assert len(test) > 20
+        assert not train & test
+
+
+def test_each_image_is_judged_as_by_a_head_fitted_on_the_other_folds_alone(pile):
+    """Scaled by all rows and with curvature measured once, probabilities are those of separate fits, and so are the suspects."""
+    images, truth = idx("train-images-idx3-ubyte.gz"), idx("train-labels-idx1-ubyte.gz").astype(int)
+    wrong = np.random.default_rng(0).choice(len(truth), len(truth) // 20, replace=False)
+    truth[wrong] = (truth[wrong] + 3) % 10
+    values = pile.add_rows([f"{n}.png" for n in range(len(truth))], gradients(images))
+    for number, name in enumerate(values):
+        pile.images[name]["label"] = str(truth[number])
+    pile.night({"b:gap": values})
+    features = pile.store.features("pile")
+    codes = features.codes()
+    fold = module.dealt(features, codes, np.arange(len(codes)), folds=5, seed=0)
+    together = module._out_of_fold(features, features, codes, fold, 10)
+    apart, scaled_apart = np.empty_like(together), np.empty_like(together)
+    scaler, C = BlockScaler().fit(features), module._strength(1280)
+    for number in range(5):
+        train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+        ready = [scaler.transform(features.take(rows)) for rows in (train, test)]
+        head = BlockLogisticRegression(C=C, tol=1e-7).fit(ready[0], codes[train])
+        apart[test] = head.predict_proba(ready[1])
+        head = make_head("logistic", C=C, out_of_core=True).fit(features.take(train), codes[train])
+        scaled_apart[test] = head.predict_proba(features.take(test))
+    np.testing.assert_allclose(together.sum(axis=1), 1)
+    np.testing.assert_allclose(together, apart, atol=1e-2)
+    (rows, score), (others, other), (before, _) = (module._confident(codes, p) for p in (together, apart, scaled_apart))
+    assert len(rows) > 150
+    assert len(np.intersect1d(rows, others)) >= 0.99 * max(len(rows), len(others))
+    place = {row: number for number, row in enumerate(others.tolist())}
+    assert max(abs(place[row] - number) for number, row in enumerate(rows[:50].tolist())) <= 2  # where scores are equal
+    np.testing.assert_allclose(score[:20], other[:20], rtol=0.05)
+    assert len(np.intersect1d(rows, before)) >= 0.97 * max(len(rows), len(before))
 
 
 def test_several_labels_are_checked_one_by_one_and_numbers_by_their_residual(blobs, tmp_path):
@@ -268,7 +294,7 @@ def test_mistakes_are_named(pile):
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_without_cleanlab_nothing_is_fitted_and_what_to_install_is_said(blobs, monkeypatch, dry_run):
     monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
-    monkeypatch.setattr(module, "_fitted", None)
+    monkeypatch.setattr(module, "_out_of_fold", None)
     with pytest.raises(UsageError, match=r"checked with cleanlab; run: pip install 'featurepipe\[labels\]'"):
         labels(blobs.store, dry_run=dry_run, silent=True)
 
@@ -301,11 +327,11 @@ def test_what_loads_with_the_first_fit_is_not_taken_for_the_time_of_each(blobs, 
     monkeypatch.setattr("featurepipe.training.cost.LONG_PILOT", 0.3)
     fitted = []
 
-    def fit(features, values, rows, codes):
-        fitted.append(len(rows))
+    def fit(features, values, codes, fold, classes):
+        fitted.append(len(codes))
         time.sleep(0.5 if len(fitted) == 1 else 0.0)
 
-    monkeypatch.setattr(module, "_fitted", fit)
+    monkeypatch.setattr(module, "_out_of_fold", fit)
     told = module.planned(blobs.store.features("pile").select(labelled=True))
     assert told["expected_seconds"] < 10  # not 5 fits of 0.5 s, each times the rows of all by those of a few: 20 s
     assert fitted[0] <= 6 < fitted[1]  # of four classes
