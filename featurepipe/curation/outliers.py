@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -18,7 +18,7 @@ from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
 from featurepipe.execution.local import features_at
 from featurepipe.features.options import Places, places
-from featurepipe.heads.blocks import Blocks, iterate
+from featurepipe.heads.blocks import Blocks, RowThreads, iterate
 from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.heads.row_shards import row_shards_of
 from featurepipe.monitoring.near import common_centre, nearest, unit_vectors
@@ -40,7 +40,7 @@ class, or of all: the upper fence of Tukey 1977, "Exploratory Data Analysis". Th
 come first whichever class they are of: 1.3 times the usual is far in a class of look-alikes, and near in one of many kinds."""
 _LEAST = 20  # images of a class that others of it are compared with
 _AGAIN = 1024  # of those that lie farthest, compared with all
-_BLOCK_ROWS = 128  # whose distances to 20,000 others stay in the processor's cache
+_BLOCK_ROWS = 128  # of a class, whose distances to thousands of others stay in the processor's cache
 _NEIGHBOURS = 5
 
 Single = npt.NDArray[np.float32]
@@ -277,10 +277,12 @@ def find_outliers(
     is_drawn = (share < 1).any()
     if is_drawn:
         farthest = _farthest(_above_usual(apart / middle[group[rows]], group[rows]), apart)[:again]
-        exact = _compared_with_all(values, rows[farthest], others, group, neighbours, distance)
-        usual = _usual(values, rows, others, group, neighbours, distance, seed)
+        some = _some(group[rows], seed)
+        both = np.union1d(farthest, some)
+        exact = _compared_with_all(values, rows[both], others, group, neighbours, distance)
+        usual = _medians(exact[np.searchsorted(both, some)], group[rows[some]], len(count))
         apart = np.maximum(apart * (usual / middle)[group[rows]], 0)
-        apart[farthest], middle = exact, usual
+        apart[farthest], middle = exact[np.searchsorted(both, farthest)], usual
     score = apart / middle[group[rows]]
     above = _above_usual(score, group[rows])
     order = _farthest(above, score)
@@ -312,18 +314,31 @@ def _distances(
 ) -> Doubles:
     """(m,) distance of each row of a shard to the k-th nearest of its group's reference, itself passed over."""
     group, own = beside
-    found, compared = np.empty(shard.shape[0]), {}
-    for place, block in iterate(shard, rows=_BLOCK_ROWS, dtype=np.float32):
+    found = np.empty(shard.shape[0])
+    compared = {number: _Reference.of(references[number], distance) for number in np.unique(group).tolist()}
+
+    def compare(piece: tuple[slice, Single]) -> Doubles:
+        place, block = piece
         values = unit_vectors(block) if distance == COSINE else block
         refuse_non_finite(values)
         apart = np.empty(len(values))
         for number in np.unique(group[place]).tolist():
-            if number not in compared:
-                compared[number] = _Reference.of(references[number], distance)
             inside = np.flatnonzero(group[place] == number)
             apart[inside] = compared[number].kth(values[inside], own[place][inside], int(kth[number]))
-        found[place] = apart
+        return apart
+
+    with RowThreads(wanted=shard.shape[0] > _BLOCK_ROWS) as threads:
+        for (place, _), apart in threads.map(compare, _pieces(shard, _BLOCK_ROWS * len(compared))):
+            found[place] = apart
     return found
+
+
+def _pieces(shard: Blocks, rows: int) -> Iterator[tuple[slice, Single]]:
+    """So many rows at a time at most, and where they are."""
+    for place, block in iterate(shard, dtype=np.float32):
+        for start in range(0, len(block), rows):
+            part = block[start : start + rows]
+            yield slice(place.start + start, place.start + start + len(part)), part
 
 
 @dataclass(frozen=True)
@@ -384,18 +399,14 @@ def _compared_with_all(
     return apart
 
 
-def _usual(
-    values: Any, rows: Positions, others: Positions, group: Positions, kth: int, distance: str, seed: int
-) -> Doubles:
-    """(g,) the median of that distance, of some images of each group drawn at random."""
+def _some(group: Positions, seed: int) -> Positions:
+    """Places of some images of each group, drawn at random, whose distances tell what is usual there."""
     rng = np.random.default_rng(seed)
-    numbers = np.unique(group[rows])
+    numbers = np.unique(group)
     most = max(_LEAST, _AGAIN // len(numbers))
-    drawn = [rows[group[rows] == number] for number in numbers]
-    some = np.concatenate([one if len(one) <= most else rng.choice(one, most, replace=False) for one in drawn])
-    some = np.sort(some)
-    apart = _compared_with_all(values, some, others, group, kth, distance)
-    return _medians(apart, group[some], int(group.max(initial=0)) + 1)
+    places = [np.flatnonzero(group == number) for number in numbers]
+    drawn = [one if len(one) <= most else rng.choice(one, most, replace=False) for one in places]
+    return np.sort(np.concatenate(drawn))
 
 
 def _medians(apart: Doubles, group: Positions, groups: int) -> Doubles:

@@ -370,6 +370,7 @@ def _apart(features: FeatureSet, first: Positions, second: Positions) -> Single:
 
 _SLACK = 16  # candidates beyond those asked for, which single precision may have put in the wrong order
 _ALIKE = 0.99  # share of the rows' mean square that is their mean's: above it the mean is taken from them
+_FEW = 64  # scores of a block that are picked out one by one
 _REFINED_BYTES = 64 << 20  # of candidates that are compared in double precision at once
 
 
@@ -479,21 +480,41 @@ def _scores(wanted: Single, values: Single, distance: str, centre: Single | None
 
 
 def _merge(best: Single, place: Positions, scores: Single, start: int) -> None:
-    """Keeps the best of each query among those so far and those of a block."""
+    """Keeps the best of each query among those so far and those of a block.
+
+    After the first blocks few rows are better than what a query has, and are picked out: to sort the scores of all of them in
+    part takes as long as to compute them.
+    """
     kept = best.shape[1]
-    better = np.flatnonzero(scores.max(axis=1) > best.min(axis=1))
-    if not len(better):
-        return
-    scores = scores[better]
-    columns = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-    if scores.shape[1] > kept:
-        columns = np.argpartition(scores, -kept, axis=1)[:, -kept:]
-        scores = np.take_along_axis(scores, columns, axis=1)
-    together = np.concatenate([best[better], scores], axis=1)
-    where = np.concatenate([place[better], columns + start], axis=1)
-    chosen = np.argpartition(together, -kept, axis=1)[:, -kept:]
-    best[better] = np.take_along_axis(together, chosen, axis=1)
-    place[better] = np.take_along_axis(where, chosen, axis=1)
+    is_better = scores > best.min(axis=1)[:, None]
+    count = is_better.sum(axis=1)
+    for queries in (np.flatnonzero((count > 0) & (count <= _FEW)), np.flatnonzero(count > _FEW)):
+        if not len(queries):
+            continue
+        if count[queries[0]] <= _FEW:
+            found, columns = _picked(scores, is_better, queries, count)
+        else:
+            found = scores[queries]
+            columns = np.argpartition(found, -min(kept, found.shape[1]), axis=1)[:, -kept:]
+            found = np.take_along_axis(found, columns, axis=1)
+        together = np.concatenate([best[queries], found], axis=1)
+        where = np.concatenate([place[queries], columns + start], axis=1)
+        chosen = np.argpartition(together, -kept, axis=1)[:, -kept:]
+        best[queries] = np.take_along_axis(together, chosen, axis=1)
+        place[queries] = np.take_along_axis(where, chosen, axis=1)
+
+
+def _picked(
+    scores: Single, is_better: npt.NDArray[np.bool_], queries: Positions, count: Positions
+) -> tuple[Single, Positions]:
+    """(p, c) scores and columns of the better ones of some queries, filled up with minus infinity."""
+    rows, columns = np.nonzero(is_better[queries])
+    counts = count[queries]
+    slot = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    found = np.full((len(queries), int(counts.max())), -np.inf, np.float32)
+    number = np.zeros(found.shape, np.int64)
+    found[rows, slot], number[rows, slot] = scores[queries[rows], columns], columns
+    return found, number
 
 
 def refined(features: Blocks, queries: Single, candidates: Positions, top: int, *, distance: str) -> Nearest:

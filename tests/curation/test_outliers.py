@@ -11,6 +11,7 @@ import pytest
 from featurepipe.curation import outliers as module
 from featurepipe.curation.outliers import find_outliers, outliers, outliers_text
 from featurepipe.errors import UsageError
+from featurepipe.heads.blocks import ArrayBlocks
 from featurepipe.heads.row_shards import LocalRowShards
 
 
@@ -148,6 +149,33 @@ def test_of_many_images_some_are_drawn_and_the_farthest_compared_with_all(plante
     assert {one["id"]: one["distance"] for one in fewer["outliers"][:2]} == pytest.approx(
         {one["id"]: one["distance"] for one in exact["outliers"][:2]}, rel=1e-4
     )
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize(("rows", "threads"), [(5, 3), (128, 1)])
+def test_pieces_and_threads_change_no_distance(distance, rows, threads, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr("featurepipe.heads.blocks.blas_threads", lambda: threads)
+    monkeypatch.setattr("featurepipe.heads.blocks.BLOCK_BYTES", 1 << 13)
+    rng = np.random.default_rng(0)
+    values = rng.normal(1, 1, (400, 20)).astype("f2")
+    group = rng.integers(0, 4, 400)
+    group[group == 3] = 2
+    drawn = [np.flatnonzero(group == number)[:: number + 1] for number in range(3)]
+    own = np.full(400, -1)
+    for one in drawn:
+        own[one] = np.arange(len(one))
+    x = values.astype("f8")
+    x = x / np.linalg.norm(x, axis=1, keepdims=True) if distance == "cosine" else x
+    apart = ((x[:, None] - x[None]) ** 2).sum(axis=2)
+    apart = apart / 2 if distance == "cosine" else np.sqrt(apart)
+    np.fill_diagonal(apart, np.inf)
+    kth = np.array([1, 2, 5])
+    expected = [np.sort(apart[row, drawn[group[row]]])[kth[group[row]] - 1] for row in range(400)]
+    references = [(x if distance == "cosine" else values)[one].astype("f4") for one in drawn]
+    work = {"references": references, "kth": kth, "distance": distance}
+    found = module._distances(ArrayBlocks(values), np.stack([group, own]), **work)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_new_images_are_compared_with_those_of_the_snapshot_before(planted):
