@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from featurepipe.curation.outliers import find_outliers, outliers, outliers_text
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import ArrayBlocks
 from featurepipe.heads.row_shards import LocalRowShards
+from featurepipe.monitoring.near import unit_vectors
 
 
 def blobs(count=90, seed=0, width=6):
@@ -176,6 +178,31 @@ def test_pieces_and_threads_change_no_distance(distance, rows, threads, monkeypa
     work = {"references": references, "kth": kth, "distance": distance}
     found = module._distances(ArrayBlocks(values), np.stack([group, own]), **work)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_along_principal_axes_almost_all_find_the_nearest_of_many_rows(distance, monkeypatch):
+    monkeypatch.setattr(module, "DRAWN", 800)
+    monkeypatch.setattr(module, "_AXES", 40)
+    rng = np.random.default_rng(0)
+    spread = (1 + np.arange(160)) ** -1.0
+    kinds = rng.normal(size=(60, 160)) * spread
+    values = (0.2 + kinds[rng.integers(0, 60, 1500)] + rng.normal(size=(1500, 160)) * spread).astype("f4")
+    values = unit_vectors(values) if distance == "cosine" else values
+    own = np.where(np.arange(1500) < 900, np.arange(1500), -1)
+    quick = module._Reference.of(values[:900], distance)
+    assert quick.quick.rows.shape == (900, 41)
+    whole = replace(quick, quick=None)
+    found, expected = quick.kth(values, own, 1), whole.kth(values, own, 1)
+    x = values.astype("f8")
+    squares = ((x[:, None] - x[None, :900]) ** 2).sum(axis=2)
+    squares[np.arange(900), np.arange(900)] = np.inf
+    exact = squares.min(axis=1) / 2 if distance == "cosine" else np.sqrt(squares.min(axis=1))
+    np.testing.assert_allclose(expected, exact, rtol=1e-3)
+    assert (found >= expected * (1 - 1e-3)).all()  # as it is the distance of a row that is there
+    assert (found <= expected * (1 + 1e-3)).mean() > 0.9
+    assert (found / expected).mean() < 1.01
+    np.testing.assert_allclose(quick.kth(values, own, 2), whole.kth(values, own, 2), rtol=1e-3)
 
 
 def test_new_images_are_compared_with_those_of_the_snapshot_before(planted):
