@@ -11,14 +11,24 @@ accuracies on one fifth, with its 95 % interval over the fifths (paired t, 4 deg
 have a labelled image, on average.
 
 Without ``--store`` the bundled 2,000 images are extracted; ``--tiny`` does so with LeNet-5.
+
+*commands* (``--only commands``): seconds, processor seconds and peak memory of ``featurepipe outliers`` and ``labels`` as whole
+commands, each a process of its own, in rounds, on 100,000 images of 1,280 float16 values. The features are made up as those of
+``bench_similar``; each of their groups is of one of 10 or 100 classes, and one label in a hundred is wrong: ``recall`` and
+``precision`` are of these among the suspects.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +37,8 @@ from scipy.stats import t
 
 import featurepipe as fp
 from benchmarks import record
+from benchmarks.alone import MB, ROOT
+from benchmarks.bench_similar import COMMAND, Features, children_cpu, write_store
 from featurepipe.curation.next_to_label import choose
 from featurepipe.curation.options import K_CENTRE, TYPICAL
 from featurepipe.heads.families import make_head
@@ -36,9 +48,20 @@ DATA = Path(fp.__file__).parent / "data"
 RANDOM = "random"
 PARTS = 5
 STRENGTH = 0.1
+CLASSES = (10, 100)
+WRONG = 0.01  # of the labels
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the methods and the commands."""
+    parts = {"methods": methods, "commands": commands}
+    found: dict[str, Any] = {}
+    for part in [args.only] if args.only else parts:
+        found |= parts[part](args)
+    return found
+
+
+def methods(args: argparse.Namespace) -> dict[str, Any]:
     """Measures every method on every part."""
     with opened(args) as store:
         rows = {"dataset": args.dataset, "node": args.node}
@@ -56,6 +79,62 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "test_images": len(test), "classes": len(train.classes), "draws": args.draws,
         "results": [summed_up(budget, [one[str(budget)] for one in rounds]) for budget in budgets], "rounds": rounds,
     }  # fmt: skip
+
+
+def commands(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures whole commands on stores that are alike but for their number of classes."""
+    rows, width, rounds = (3000, 32, 1) if args.tiny else (args.rows, args.width, args.rounds)
+    ways = {"outliers": ["outliers"], "outliers by class": ["outliers", "--by", "class"]}
+    ways["labels"] = ["labels", "--limit", str(rows)]
+    told: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    made, rng = Features(rows, width), np.random.default_rng(3)
+    for classes in CLASSES:
+        is_wrong = rng.random(rows) < WRONG
+        labels = (made.group + is_wrong * rng.integers(1, classes, rows)) % classes
+        of_these = told.setdefault(str(classes), {})
+        with tempfile.TemporaryDirectory(dir=args.dir, prefix="bench-select-") as folder:
+            write_store(Path(folder), made, 0, rows, labels=[f"class {label:02d}" for label in labels])
+            for _ in range(rounds):
+                for way, words in ways.items():
+                    one, answer = timed([words[0], folder, *words[1:], "--quiet", "--json"])
+                    if way == "labels":
+                        suspects = {int(suspect["id"][-12:-4]) for suspect in answer["suspects"]}
+                        right = len(suspects & set(np.flatnonzero(is_wrong).tolist()))
+                        one |= {
+                            "recall": round(right / int(is_wrong.sum()), 4),
+                            "precision": round(right / max(1, len(suspects)), 4),
+                        }
+                    of_these.setdefault(way, []).append(one)
+                    record.note(f"{classes} classes, {way}: {one}")
+    medians = {
+        classes: {
+            way: {name: record.median([one[name] for one in some]) for name in some[0]} for way, some in ways.items()
+        }
+        for classes, ways in told.items()
+    }
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    found = {
+        "when": when,
+        "machine": record.machine(),
+        "rows": rows,
+        "width": width,
+        "rounds": rounds,
+        "classes": medians,
+    }
+    return {"commands": found}
+
+
+def timed(words: list[str]) -> tuple[dict[str, Any], Any]:
+    """Seconds and memory of a command in a process of its own, and what it printed."""
+    start, cpu = time.perf_counter(), children_cpu()
+    command = [sys.executable, "-c", COMMAND, *words]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds, cpu = time.perf_counter() - start, children_cpu() - cpu
+    if ran.returncode:
+        raise SystemExit(f"{words[0]} failed:\n{ran.stderr}")
+    peak = next(line.split()[1] for line in ran.stderr.splitlines() if line.startswith("PEAK"))
+    one = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_mb": round(int(peak) * 1024 / MB)}
+    return one, json.loads(ran.stdout)
 
 
 @contextmanager
@@ -128,6 +207,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node", default="bottleneck")
     parser.add_argument("--candidates", type=int, help="of each fifth at most (default: all)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[20, 50, 100, 500])
+    parser.add_argument("--only", choices=["methods", "commands"], help="one of the parts")
+    parser.add_argument("--rows", type=int, default=100_000, help="that commands are measured on")
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dir", help="a folder with 1 GB of space (default: the system's temporary folder)")
     parser.add_argument("--draws", type=int, default=4, help="choices by chance on each part")
 
 

@@ -43,7 +43,7 @@ PROMISED = {"first_s": "< 2", "following_ms": "< 20"}
 _GROUPS, _BETWEEN = 2000, 0.5
 _AT_ONCE = 8192
 _QUERIES = 200
-_COMMAND = """
+COMMAND = """
 import sys
 from featurepipe.cli import main
 code = main(sys.argv[1:])
@@ -140,7 +140,7 @@ class Features:
         self._spread = (1 + np.arange(width)) ** -0.5
         self._centres = rng.standard_normal((_GROUPS, width)).astype(np.float32) * (_BETWEEN**0.5 * self._spread)
         sizes = 1 / (20 + np.arange(_GROUPS))
-        self._group = rng.choice(_GROUPS, count, p=sizes / sizes.sum())
+        self.group = rng.choice(_GROUPS, count, p=sizes / sizes.sum())
         self.keys = rng.integers(0, 256, (count, 32), dtype=np.uint8)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -154,12 +154,14 @@ class Features:
         place = slice(number * _AT_ONCE, min((number + 1) * _AT_ONCE, self.count))
         own = np.random.default_rng([1, number]).standard_normal((_AT_ONCE, self.width), np.float32)
         own *= ((1 - _BETWEEN) ** 0.5 * self._spread).astype(np.float32)
-        values = self._centres[self._group[place]] + own[: place.stop - place.start]
+        values = self._centres[self.group[place]] + own[: place.stop - place.start]
         return values.astype(np.float16).astype(np.float32)
 
 
-def write_store(path: Path, made: Features, start: int, stop: int, flat: Any = None) -> None:
-    """Adds some rows, to an index of faiss as well, and a snapshot of all up to them."""
+def write_store(
+    path: Path, made: Features, start: int, stop: int, flat: Any = None, labels: list[str] | None = None
+) -> None:
+    """Adds some rows, to an index of faiss as well, and a snapshot of all up to them, with labels if there are some."""
     store = FeatureStore(path)
     space = store.open_space(FIELDS, backbone="benchmark", notes={"aliases": {"bottleneck": "node"}})
     with space.writer(store.new_run_id(), dataset="bench") as writer:
@@ -175,7 +177,8 @@ def write_store(path: Path, made: Features, start: int, stop: int, flat: Any = N
         pa.binary(32), stop, [None, pa.py_buffer(np.ascontiguousarray(made.keys[:stop]))]
     )
     zeros = np.zeros(stop, np.int64)
-    columns = {"id": names(0, stop), "label": nothing, "split": nothing, "size": zeros, "mtime_ns": zeros, "key": keys}
+    label = nothing if labels is None else pa.array(labels, pa.string())
+    columns = {"id": names(0, stop), "label": label, "split": nothing, "size": zeros, "mtime_ns": zeros, "key": keys}
     table = pa.table(columns | {"status": pa.repeat("ok", stop), "reason": nothing})
     store.write_snapshot("bench", store.new_run_id(), table)
 
@@ -203,8 +206,8 @@ def first_queries(path: Path, flat: Path, asked: Path, rounds: int) -> dict[str,
     """The first query of a process, in rounds of every way; the first round warms the disk's cache and is not counted."""
     ask = ["similar", str(path), "--id", names(0, 1)[0], "--quiet", "--json"]
     ways = {
-        "index": [_COMMAND, *ask, "--index", "always"],
-        "exact": [_COMMAND, *ask, "--index", "never"],
+        "index": [COMMAND, *ask, "--index", "always"],
+        "exact": [COMMAND, *ask, "--index", "never"],
         "faiss": [_FAISS, str(flat), str(asked)],
     }
     told: dict[str, list[dict[str, float]]] = {how: [] for how in ways}

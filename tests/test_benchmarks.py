@@ -90,7 +90,7 @@ CHECKS = {"bench_flips": check_flips, "bench_decode": check_decode}
             {"commit_of_raw", "read_all_of_fromfile", "read_as_float32_of_numpy", "random_rows_times_memmap"},
         ),
         ("bench_similar", {"recall", "build_s", "extend_s", "index_mb"}),
-        ("bench_select", {"candidates", "test_images"}),
+        ("bench_select", {"candidates", "test_images", "commands"}),
         ("bench_rerun", {"times_the_walk", "growth_mb", "start_s", "start_cpu_s"}),
         ("bench_finetune", {"cost", "choice", "seconds_in_all", "promised"}),
         ("bench_flips", {"accuracy", "gain", "extractions", "seconds_an_epoch"}),
