@@ -135,11 +135,11 @@ def named_columns(columns: str | Sequence[str], bottleneck: object) -> str:
 
     Example:
         >>> named_columns("flatten:gap", "flatten"), named_columns(["layer1:gap", "bottleneck:gap"], "bottleneck")
-        ('flatten:gap (bottleneck)', 'layer1:gap + bottleneck:gap')
+        ('bottleneck (flatten:gap)', 'layer1:gap + bottleneck:gap')
     """
     names = [columns] if isinstance(columns, str) else columns
     return " + ".join(
-        f"{one} (bottleneck)" if one.partition(":")[0] == bottleneck != "bottleneck" else one for one in names
+        f"bottleneck ({one})" if one.partition(":")[0] == bottleneck != "bottleneck" else one for one in names
     )
 
 

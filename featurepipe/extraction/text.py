@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from featurepipe.display import counted, dealt_with, first_names, size
+from featurepipe.display import counted, dealt_with, first_names, named_columns, size
 from featurepipe.progress import spoken, took
 
 _REJECTS_SHOWN = 5
@@ -34,7 +34,8 @@ def text(record: Mapping[str, Any]) -> str:
     lines += damaged_lines(record)
     lines += remark_lines(record)
     if counts["computed"]:
-        by_column = record["computed_by_column"].items()
+        bottleneck = record["backbone"].get("bottleneck")
+        by_column = [(named_columns(name, bottleneck), n) for name, n in record["computed_by_column"].items()]
         lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))
         stages = ", ".join(f"{name} {took(seconds[name])}" for name in ("read", "decode", "forward", "write"))
         lines.append(f"{took(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")

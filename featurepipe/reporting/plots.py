@@ -51,7 +51,7 @@ def plot_features(features: FeatureSet, *, method: str = "PCA", ax: Axes | None 
         raise UsageError("there are no features to draw")
     some = mapped(features)
     found = project(list(some.ids), some.read(np.float32), shown_names(some), total=len(features))
-    return plot_map(found, _axes(ax), method=method, title=features.column)
+    return plot_map(found, _axes(ax), method=method, title=features.named_column)
 
 
 def plot_curve(result: Document, ax: Axes) -> Axes:
