@@ -172,6 +172,18 @@ def dealt_with(counts: Mapping[str, int], copies: int = 0) -> str:
     return f"{computed}, {known}{f' ({copies:,} as copies of these)' if copies else ''}, {rejected}"
 
 
+def shortened(text: str, most: int) -> str:
+    """A text cut in the middle so that it has at most ``most`` characters: names differ at both ends.
+
+    Example:
+        >>> shortened("features.denseblock4.denselayer16", 16)
+        'features\u2026layer16'
+    """
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - (most - most // 2 - 1) :]}"
+
+
 def first_names(names: Sequence[object], most: int = 3, *, apart: str = ", ", what: str = "") -> str:
     """The first names, and how many more there are.
 
