@@ -324,7 +324,7 @@ def _cost_summary(results: Results, heads: Sequence[str], columns: Sequence[Mapp
     if not any(costs.values()):
         times = {str(node["column"]): milliseconds(node.get("ms_per_image")) for node in columns}
         tops = (max((row for row in results if row["head"] == head), key=lambda row: row["value"]) for head in heads)
-        return " ".join(
+        return "\n".join(
             f"{top['head']}: {measure_of(top).text(top['value'])} at most, at {times[top['column']]} ms per image."
             for top in tops
         )

@@ -38,6 +38,7 @@ STARTED = "Started (UTC)"
 """The column of tables that says which run a row is of."""
 _HEIGHT = 150
 _STRIP_TICKS = 2
+_BESIDE = 0.4  # of the way to the next run: where a bar ends
 _TALL = 8  # times the usual height, beyond which a bar is cut off
 _MANY = 10  # nights, of which one may be cut off; with fewer there is no usual height
 _BARS = Style(SERIES[0], "square", None)
@@ -186,11 +187,11 @@ def _point_at_tall(plot: Any, paint: Paint, figure: Figure, top: float) -> None:
     tall = [(k, value) for k, value in enumerate(figure.values) if value is not None and value > 1.2 * top]
     source = ColumnDataSource(
         {
-            "x": [k for k, _ in tall],
+            "x": [k - _BESIDE if k > len(figure.values) / 2 else k + _BESIDE for k, _ in tall],
             "y": [1.19 * top] * len(tall),
             "text": [f"\N{UPWARDS ARROW}\u00a0{figure.text(value)}" for _, value in tall],
             "align": ["right" if k > len(figure.values) / 2 else "left" for k, _ in tall],
-            "offset": [-6 if k > len(figure.values) / 2 else 6 for k, _ in tall],
+            "offset": [-3 if k > len(figure.values) / 2 else 3 for k, _ in tall],
         }
     )
     label = plot.text(

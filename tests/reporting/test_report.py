@@ -463,10 +463,11 @@ def test_a_curve_says_what_it_was_tested_on_and_its_parameters_plainly(document,
     html = page_of(document, tmp_path)
     page = parsed(html)
     assert {"Tested on fashion", "Tested on emoji-outlined"} < set(page.texts["p"])
-    every = [row for row in page.cells if len(row) == 10]
-    assert every[0][:4] == ["Node", "Head", "Weights", "Tested on"]
-    assert {row[3] for row in every[1:]} == {"fashion", "emoji-outlined"}
-    assert sum(row[8] == "C 100, n neighbors 3" for row in every) == 1
+    first = next(place for place, row in enumerate(page.cells) if "Tested on" in row)
+    header, every = page.cells[first], page.cells[first + 1 : first + 1 + len(document["results"])]
+    assert header[:4] == ["Node", "Head", "Weights", "Tested on"]
+    assert {row[3] for row in every} == {"fashion", "emoji-outlined"}
+    assert sum(row[header.index("Parameters")] == "C 100, n neighbors 3" for row in every) == 1
     assert any(row[4].startswith("0.0\u00a0%") for row in every)  # nothing right is a result, too
     assert "On emoji-outlined at most 77.5\u00a0%, logistic at bottleneck:gap." in html
 
