@@ -458,6 +458,13 @@ class Job(BaseTable, frozen=True):
         return {f"{kind}[{place}]": table for kind, tables in kinds.items() for place, table in enumerate(tables)}
 
     @property
+    def answers(self) -> dict[str, AnswerTable]:
+        """The tables whose file has placeholders in its name, by the keys that name them."""
+        handed = {"predict": self.predict, "export": self.export}
+        found = {f"{kind}[{place}]": table for kind, tables in handed.items() for place, table in enumerate(tables)}
+        return {**found, **self.questions}
+
+    @property
     def targets(self) -> list[tuple[str, Path]]:
         """What the job writes besides the store, placeholders as they are, by the keys that name it."""
         pages = {
@@ -468,9 +475,7 @@ class Job(BaseTable, frozen=True):
         }
         return [
             *self.bundles.items(),
-            *((f"predict[{place}].to", Path(table.to)) for place, table in enumerate(self.predict)),
-            *((f"export[{place}].to", Path(table.to)) for place, table in enumerate(self.export)),
-            *((f"{key}.to", Path(table.to)) for key, table in self.questions.items()),
+            *((f"{key}.to", Path(table.to)) for key, table in self.answers.items()),
             *((key, path) for key, path in pages.items() if path is not None),
         ]
 

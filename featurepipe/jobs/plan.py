@@ -41,7 +41,7 @@ from featurepipe.jobs.job import (
 )
 from featurepipe.jobs.record import DONE, FAILED, INTERRUPTED, OUT_OF_TIME, RunRecord
 from featurepipe.jobs.sources import JobSource, LabelledSource, RetryPolicy, check_labels
-from featurepipe.jobs.step import is_of_new, steps_of
+from featurepipe.jobs.step import is_of_new, place_of, steps_of
 from featurepipe.jobs.steps.housekeeping import outlook_of_forget
 from featurepipe.jobs.validation import Problem, keys_of, told
 from featurepipe.monitoring.samples import snapshot_of_run
@@ -139,7 +139,7 @@ def outlook(table: BaseTable, job: Job) -> tuple[bool | None, str]:
 
 def _of_file(table: PredictTable | ExportTable | QuestionTable, job: Job) -> tuple[bool | None, str]:
     """The same of a step whose answer is a file."""
-    into = f"into {job.named(table.file(date=datetime.now(UTC).date().isoformat(), run='RUN-ID', job=job.name))}"
+    into = f"into {job.named(place_of(table, datetime.now(UTC), run='RUN-ID', job=job.name))}"
     if isinstance(table, QuestionTable):
         return None if is_of_new(table) else True, f"asks of this run's features, {into}"
     does = "predicts" if isinstance(table, PredictTable) else "hands on"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from featurepipe.execution.dask import ExecutorWhenNeeded, in_this_process
-from featurepipe.jobs.job import BaseTable, Job, QuestionTable, SimilarTable
+from featurepipe.jobs.job import AnswerTable, BaseTable, Job, QuestionTable, SimilarTable
+from featurepipe.store.exports import deleted_file
 
 if TYPE_CHECKING:
     from featurepipe.interrupt import StopRequest
@@ -55,6 +59,25 @@ class Step:
 def is_of_new(table: QuestionTable) -> bool:
     """Whether a question is asked of new images only, and so of none on many nights."""
     return isinstance(table, SimilarTable) or getattr(table, "since", None) is not None
+
+
+def is_increment(table: AnswerTable) -> bool:
+    """Whether what a table writes tells of new images only, under a name of its own: no night may replace another's."""
+    of_new = is_of_new(table) if isinstance(table, QuestionTable) else getattr(table, "images", "all") == "new"
+    return of_new and any(f"{{{name}}}" in table.to for name in ("date", "run"))
+
+
+def place_of(table: AnswerTable, started: datetime, *, run: str, job: str) -> Path:
+    """Where a table's answer of one run goes; the date is that of the run's beginning, in this machine's time zone.
+
+    An increment takes a name that is free, beside that of an earlier run on the same date (``2026-11-22-2``): nobody else
+    tells of its images again. Whatever tells of all images replaces what the earlier run wrote.
+    """
+    place = table.file(date=started.astimezone().date().isoformat(), run=run, job=job)
+    if not is_increment(table):
+        return place
+    names = chain([place], (place.with_stem(f"{place.stem}-{number}") for number in count(2)))
+    return next(name for name in names if not any(os.path.lexists(path) for path in (name, deleted_file(name))))
 
 
 def steps_of(job: Job) -> Iterator[Step]:
@@ -111,6 +134,10 @@ class Night:
     extracted: tuple[dict[str, Any], ...]
     record: dict[str, Any]
     executor: ExecutorWhenNeeded = in_this_process
+
+    def place(self, table: AnswerTable) -> Path:
+        """Where this run's answer of a table goes, see `place_of`."""
+        return place_of(table, datetime.fromisoformat(self.record["started"]), run=self.run_id, job=self.job.name)
 
 
 class _OutOfTimeError(Exception):

@@ -22,7 +22,11 @@ from featurepipe.jobs.job import (
     ExportTable,
     Job,
     KeepTable,
+    LabelsTable,
+    OutliersTable,
     PredictTable,
+    SelectTable,
+    SimilarTable,
     TrainTable,
 )
 from featurepipe.jobs.step import Night, within_time
@@ -409,6 +413,77 @@ def test_export_hands_on_what_is_new_changed_or_gone_since_it_last_did(nights, r
         np.testing.assert_array_equal(np.asarray(vector, features.dtype), held[id_])
     whole = steps.export(nights.begin(rows[:5]), ExportTable(node="a", to=str(tmp_path / "all"), dtype="float16"))
     assert (whole["rows"], whole["dtype"], pq.read_table(tmp_path / "all").num_rows) == (5, "float16", 5)
+
+
+def exported(nights, rows, table, **tables):
+    night = nights.begin(rows, **tables)
+    found = steps.export(night, table)
+    nights.end(night, entry("export", found, "skipped" if "skipped" in found else "done"))
+    return found
+
+
+@pytest.mark.parametrize("name", ["vectors/{date}", "{date}.parquet", "{date}.h5"])
+def test_export_never_replaces_what_was_new_earlier_on_the_same_date(nights, rows, tmp_path, name):
+    table = ExportTable(node="a", to=str(tmp_path / name), images="new")
+    first = exported(nights, rows[:20], table)
+    kept = Path(first["file"])
+    second = exported(nights, rows[1:25], table)
+    third = exported(nights, rows[1:26], table)
+    stem = kept.with_suffix("")
+    assert stem.name == date()
+    assert [found["file"] for found in (second, third)] == [f"{stem}-2{kept.suffix}", f"{stem}-3{kept.suffix}"]
+    assert [found["rows"] for found in (first, second, third)] == [20, 5, 1]
+    assert pq.read_table(second["deleted_file"])["id"].to_pylist() == [rows[0].id]
+    if kept.suffix != ".h5":
+        assert pq.read_table(kept).num_rows == 20
+        assert ids_in(second["file"]) == [row.id for row in rows[20:25]]
+    if kept.suffix:  # it was fetched, the list of those that went was not
+        Path(second["file"]).unlink()
+        assert exported(nights, rows[1:27], table)["file"] == f"{stem}-4{kept.suffix}"
+
+
+def test_export_of_all_images_replaces_that_of_the_same_date(nights, rows, tmp_path):
+    table = ExportTable(node="a", to=str(tmp_path / "{date}.parquet"))
+    assert [exported(nights, rows[:count], table)["rows"] for count in (5, 7)] == [5, 7]
+    assert [path.name for path in tmp_path.glob("*.parquet")] == [f"{date()}.parquet"]
+
+
+def test_answers_about_new_images_stay_on_the_same_date_and_others_are_replaced(nights, tmp_path):
+    def place(table):
+        found = nights.begin().place(table)
+        found.parent.mkdir(exist_ok=True)
+        found.touch()
+        return found.name
+
+    def names(table):
+        return [place(table) for _ in range(2)]
+
+    to = str(tmp_path / "answers" / "{date}.csv")
+    assert names(SimilarTable(to=to)) == [f"{date()}.csv", f"{date()}-2.csv"]
+    assert names(OutliersTable(to=to, since="previous")) == [f"{date()}-3.csv", f"{date()}-4.csv"]
+    assert names(LabelsTable(to=to)) == names(OutliersTable(to=to)) == names(SelectTable(to=to, budget=3))
+    assert names(SimilarTable(to=str(tmp_path / "answers" / "newest.html"))) == ["newest.html"] * 2
+
+
+def test_export_says_why_all_images_count_as_new(nights, rows, tmp_path):
+    table = ExportTable(node="a", to=str(tmp_path / "{run}"), images="new")
+    first = exported(nights, rows[:20], table)
+    assert (first["rows"], first["warnings"]) == (20, [])
+    other = table.model_copy(update={"to": str(tmp_path / "other-{run}")})
+    second = exported(nights, rows[:21], other)
+    assert (second["rows"], *second["warnings"]) == (
+        21,
+        f"export {other.to}: all images count as new, and none as gone: the job handed on to {table.to} before, and never "
+        f"to {other.to}",
+    )
+    (nights.store.path / "snapshots" / "zoo" / f"{second['snapshot']}.parquet").unlink()
+    third = exported(nights, rows[:22], other)
+    assert (third["rows"], *third["warnings"]) == (
+        22,
+        f"export {other.to}: all images count as new, and none as gone: snapshot {second['snapshot']}, which {other.to} "
+        "handed on last, is not in the store any more",
+    )
+    assert exported(nights, rows[:23], other)["rows"] == 1
 
 
 # compact, keep

@@ -101,3 +101,62 @@ def test_a_snapshot_whose_run_was_killed_before_its_record_counts(pile, other):
     (pile.store.path / "runs" / f"{pile.run()['extractions'][0]}.json").unlink()
     assert "was last taken from" in failed(fp.run_job(other(), silent=True))
     assert pile.run()["status"] == "done"
+
+
+INCREMENTS = """
+[[train]]
+out = "bundle"
+nodes = ["c3"]
+[[predict]]
+bundle = "bundle"
+to = "predictions/{run}.csv"
+[[export]]
+node = "c3"
+to = "../handed on/{run}"
+images = "new"
+"""
+
+
+def results(record):
+    return {entry["step"]: entry["result"] for entry in record["steps"]}
+
+
+@pytest.mark.parametrize("name", ["srv", "a {brace"])
+def test_job_store_and_images_that_move_together_go_on_with_what_is_new(pile, name):
+    pile.fill(3, folder="cat/")
+    pile.fill(3, first=3, folder="dog/")
+    pile.job(INCREMENTS)
+    home = pile.folder / name / "jobs"
+    home.mkdir(parents=True)
+    for part in ("pile", "nightly.toml"):
+        shutil.move(pile.folder / part, home / part)
+    first = fp.run_job(home / "nightly.toml", silent=True)
+    assert results(first)["export"]["rows"] == results(first)["predict"]["counts"]["predicted"] == 6
+    (pile.folder / name).rename(pile.folder / "moved")
+    file = pile.folder / "moved" / "jobs" / "nightly.toml"
+    (file.parent / "pile" / "cat" / "000.png").unlink()
+    shutil.copy(file.parent / "pile" / "cat" / "001.png", file.parent / "pile" / "cat" / "copy.png")
+    assert "moved_from" in failed(fp.run_job(file, silent=True))
+    line = f"[source]\nmoved_from = {json.dumps(str(home / 'pile'))}"
+    file.write_text(file.read_text().replace("[source]", line))
+    second = results(fp.run_job(file, silent=True))
+    assert (second["export"]["rows"], second["export"]["deleted"], second["export"]["warnings"]) == (1, 1, [])
+    assert (second["predict"]["counts"]["predicted"], second["predict"]["warnings"]) == (1, [])
+    assert second["export"]["file"].startswith(str(pile.folder / "moved" / "handed on"))
+
+
+def test_a_copy_of_a_job_hands_on_everything_and_says_so(pile):
+    pile.fill(6)
+    pile.job(INCREMENTS[INCREMENTS.index("[[export]]") :].replace("../", ""))
+    pile.run()
+    copy = pile.folder / "copy"
+    for part in ("pile", "features"):
+        shutil.copytree(pile.folder / part, copy / part)
+    line = f"[source]\nmoved_from = {json.dumps(str(pile.root))}"
+    (copy / "nightly.toml").write_text(pile.file.read_text().replace("[source]", line))
+    found = results(fp.run_job(copy / "nightly.toml", silent=True))["export"]
+    assert (found["rows"], *found["warnings"]) == (
+        6,
+        "export handed on/{run}: all images count as new, and none as gone: the job handed on to "
+        f"{pile.folder}/handed on/{{run}} before, and never to handed on/{{run}}",
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from typing import Any
 
 from featurepipe.display import counted
@@ -78,8 +77,7 @@ def _asked(
     **more: Any,
 ) -> dict[str, Any]:
     """Asks a question of this run's snapshot, and tells of the answer what is no list."""
-    started = datetime.fromisoformat(night.record["started"]).astimezone()
-    file = table.file(date=started.date().isoformat(), run=night.run_id, job=night.job.name)
+    file = night.place(table)
     file.parent.mkdir(parents=True, exist_ok=True)
     images = night.job.source
     given = table.arguments()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import datetime
-from itertools import count
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ import pyarrow.compute as pc
 from featurepipe.display import counted, neutralised_text
 from featurepipe.jobs.job import FinetuneTable, PredictTable, TrainTable
 from featurepipe.jobs.step import Night, within_time
-from featurepipe.jobs.steps.history import last_result
+from featurepipe.jobs.steps.history import last_snapshot
 
 
 def train(night: Night, table: TrainTable) -> dict[str, Any]:
@@ -125,12 +122,17 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     bundle = read_bundle(table.bundle)
     snapshot = snapshot_of(night, bundle.fingerprint)
     about = {"bundle": str(table.bundle), "to": table.to, "snapshot": snapshot}
-    rows = None
+    rows: npt.NDArray[np.bool_] | None = None
+    warnings: Sequence[str] = ()
     if table.images == "new":
-        rows = new_images(night.store.snapshot(night.dataset, snapshot, columns=COMPARED), _before(night, table))
+        places = {"bundle": str(table.bundle), "to": table.to}
+        last = last_snapshot(night, "predict", places=places, made="predicted")
+        before = None if last.snapshot is None else night.store.snapshot(night.dataset, last.snapshot, columns=COMPARED)
+        rows = new_images(night.store.snapshot(night.dataset, snapshot, columns=COMPARED), before)
+        warnings = last.warnings
         if not rows.any():
             return {**about, "skipped": "no new images"}
-    file = _file(night, table)
+    file = night.place(table)
     file.parent.mkdir(parents=True, exist_ok=True)
     spared = [table.bundle, night.job.source.path, night.job.source.labels, *(t.labels for t in night.job.train)]
     found = predict_features(
@@ -144,7 +146,7 @@ def predict(night: Night, table: PredictTable) -> dict[str, Any]:
     return {
         **found,
         **about,
-        "warnings": [said] if said else [],
+        "warnings": [*warnings, *([said] if said else [])],
         "text": f"{counted(counts['predicted'], 'image')} {done}{unusable}, in {night.job.named(file)}",
     }
 
@@ -179,21 +181,3 @@ def new_images(now: pa.Table, before: pa.Table | None) -> npt.NDArray[np.bool_]:
     same = pc.and_(same_key, pc.equal(now["status"], earlier["status"]))
     found: npt.NDArray[np.bool_] = ~pc.fill_null(same, fill_value=False).to_numpy()
     return found
-
-
-def _before(night: Night, table: PredictTable) -> pa.Table | None:
-    """The snapshot that this table predicted last. None if it never has, or nobody can tell: everything is new."""
-    result = last_result(night, "predict", bundle=str(table.bundle), to=table.to)
-    last = result["snapshot"] if result else None
-    there = last is not None and last in night.store.snapshot_ids(night.dataset)
-    return night.store.snapshot(night.dataset, last, columns=COMPARED) if there else None
-
-
-def _file(night: Night, table: PredictTable) -> Path:
-    """This run's file; the date is that of the night's beginning, here."""
-    started = datetime.fromisoformat(night.record["started"]).astimezone()
-    file = table.file(date=started.date().isoformat(), run=night.run_id, job=night.job.name)
-    if table.images == "all" or not file.exists():
-        return file
-    others = (file.with_stem(f"{file.stem}-{number}") for number in count(2))  # no other night predicts these images
-    return next(other for other in others if not other.exists())

@@ -2,37 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from featurepipe.jobs.step import Night
 from featurepipe.monitoring.standing_warnings import DRIFT, drift_result, standing, suspect_runs
 
+Run = Mapping[str, Any]
 
-def last_result(night: Night, step: str, **same: Any) -> Mapping[str, Any] | None:
+
+def last_result(
+    night: Night, step: str, *, places: Mapping[str, str] | None = None, **same: Any
+) -> Mapping[str, Any] | None:
     """What a step did, or had no need to do, when an earlier night of the job last came through it.
 
     Args:
         night: this run.
         step: which step.
+        places: entries of the result that must name these files or folders, seen from the job file wherever that was then.
         same: entries of the result that must have these values, to tell several of a kind apart.
 
     Returns:
         Its result; None if no night has. A night on which it failed or was not reached does not count.
     """
+    for run, result in _results(night, step):
+        there = all(_is_same_place(night, run, result.get(name), place) for name, place in (places or {}).items())
+        if there and all(result.get(name) == value for name, value in same.items()):
+            return result
+    return None
+
+
+def _results(night: Night, step: str) -> Iterator[tuple[Run, Mapping[str, Any]]]:
+    """The results of a step that came to its end in earlier nights of the job, newest first, with the runs."""
     own = {"command": "run", "job": night.job.name, "dataset": night.dataset}
     for run in reversed(night.store.runs()):
         if run["run_id"] == night.run_id or any(run.get(name) != value for name, value in own.items()):
             continue
         for entry in run.get("steps", ()):
-            result: Mapping[str, Any] = entry.get("result") or {}
-            done = entry["step"] == step and entry["status"] in ("done", "skipped")
-            if done and all(result.get(name) == value for name, value in same.items()):
-                return result
-    return None
+            if entry["step"] == step and entry["status"] in ("done", "skipped"):
+                yield run, entry.get("result") or {}
 
 
-Run = Mapping[str, Any]
+def _is_same_place(night: Night, run: Run, was: Any, now: str) -> bool:
+    """Whether a path of an earlier run is the one of now, also if the job file has moved with all that it names.
+
+    A job file that is still where it was then was copied: what the copy writes is another job's.
+    """
+    if was == now:
+        return True
+    before = run.get("job_file")
+    if not isinstance(was, str) or before is None or night.job.file is None or os.path.lexists(before):
+        return False
+    return not _seen_from(before, was).isdisjoint(_seen_from(str(night.job.file.absolute()), now))
+
+
+def _seen_from(file: str, place: str) -> set[str]:
+    """A path from the folder of a job file; in a template the folders around it have their braces twice."""
+    folder = os.path.dirname(file)  # noqa: PTH120 - of another machine, perhaps
+    twice = folder.replace("{", "{{").replace("}", "}}")
+    return {os.path.relpath(place, around) for around in (folder, twice)}
+
+
+class LastSnapshot(NamedTuple):
+    """What a table that tells of new images told of last.
+
+    Attributes:
+        snapshot: its run id; None if all images are new.
+        warnings: why all are new, though it or one like it has told of some.
+    """
+
+    snapshot: str | None
+    warnings: Sequence[str] = ()
+
+
+def last_snapshot(night: Night, step: str, *, places: Mapping[str, str], made: str, **same: Any) -> LastSnapshot:
+    """The snapshot that a table told of last, of which what is new is counted; says so if it cannot be had.
+
+    Args:
+        night: this run.
+        step: which step.
+        places: as for `last_result`; ``to`` among them.
+        made: what was done with the images, for people.
+        same: as for `last_result`.
+    """
+    result = last_result(night, step, places=places, **same)
+    if result is not None and result["snapshot"] in night.store.snapshot_ids(night.dataset):
+        return LastSnapshot(result["snapshot"])
+    to = night.job.named(Path(places["to"]))
+    if result is not None:
+        why = f"snapshot {result['snapshot']}, which {to} {made} last, is not in the store any more"
+        return LastSnapshot(None, [f"{step} {to}: all images count as new, and none as gone: {why}"])
+    others = {name: value for name, value in places.items() if name != "to"}
+    elsewhere = last_result(night, step, places=others, **same)
+    if elsewhere is None:
+        return LastSnapshot(None)
+    why = f"the job {made} to {elsewhere.get('to')} before, and never to {to}"
+    return LastSnapshot(None, [f"{step} {to}: all images count as new, and none as gone: {why}"])
 
 
 def previous(night: Night) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from featurepipe.errors import StoreError, StoreLocked
 from featurepipe.jobs.job import CompactTable, ExportTable, ForgetTable, KeepTable, MetricsTable, ReportTable
 from featurepipe.jobs.step import Night, is_of_new, within_time
 from featurepipe.jobs.steps.heads import snapshot_of
-from featurepipe.jobs.steps.history import last_result, needed, telling_runs
+from featurepipe.jobs.steps.history import LastSnapshot, last_snapshot, needed, telling_runs
 from featurepipe.option_groups import declared
 from featurepipe.records import is_success
 from featurepipe.store import FeatureStore
@@ -140,7 +139,9 @@ def _warnings_of_forget(found: Mapping[str, Any], name: str) -> Iterator[str]:
 def _with_writers(night: Night, dependents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What depends on images, each with the key of the job file by which this run writes it anew; empty if none does."""
     perhaps = {f"{key}.to" for key, table in night.job.questions.items() if is_of_new(table)}
-    written = {str(target.resolve()): key for key, target in night.job.targets if key not in perhaps}
+    answers = {f"{key}.to": night.place(table) for key, table in night.job.answers.items()}
+    targets = {**dict(night.job.targets), **answers}
+    written = {str(target.resolve()): key for key, target in targets.items() if key not in perhaps}
     return [{**one, "written_by": written.get(str(Path(one["path"]).resolve()), "")} for one in dependents]
 
 
@@ -151,25 +152,23 @@ def export(night: Night, table: ExportTable) -> dict[str, Any]:
     """
     snapshot = snapshot_of(night, table.backbone)
     about = {"node": table.node, "to": table.to, "snapshot": snapshot}
-    since = _handed_on(night, table) if table.images == "new" else None
+    last = (
+        last_snapshot(night, "export", places={"to": table.to}, made="handed on", node=table.node)
+        if table.images == "new"
+        else LastSnapshot(None)
+    )
+    since = last.snapshot
     if since is not None and _is_same(night, since, snapshot):
         return {**about, "skipped": "no image is new, changed or gone"}
-    date = datetime.fromisoformat(night.record["started"]).astimezone().date().isoformat()
-    place = table.file(date=date, run=night.run_id, job=night.job.name)
+    place = night.place(table)
     place.parent.mkdir(parents=True, exist_ok=True)
     found = export_dataset(
         night.store, table.node, place, dataset=night.dataset, snapshot=snapshot, since=since, backbone=table.backbone,
         labels=table.labels, silent=night.silent, **{name: getattr(table, name) for name in declared(HandingOnOptions)},
     )  # fmt: skip
     gone = f", {found['deleted']:,} gone" if since is not None else ""
-    return {**found, **about, "text": f"{counted(found['rows'], 'image')}{gone}, in {night.job.named(place)}"}
-
-
-def _handed_on(night: Night, table: ExportTable) -> str | None:
-    """The snapshot that this table handed on last; None if it never did, or that is not there any more."""
-    result = last_result(night, "export", node=table.node, to=table.to)
-    last = None if result is None else result["snapshot"]
-    return last if last in night.store.snapshot_ids(night.dataset) else None
+    text = f"{counted(found['rows'], 'image')}{gone}, in {night.job.named(place)}"
+    return {**found, **about, "text": text, "warnings": [*last.warnings]}
 
 
 def _is_same(night: Night, since: str, snapshot: str) -> bool:
