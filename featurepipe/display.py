@@ -135,11 +135,11 @@ def named_columns(columns: str | Sequence[str], bottleneck: object) -> str:
 
     Example:
         >>> named_columns("flatten:gap", "flatten"), named_columns(["layer1:gap", "bottleneck:gap"], "bottleneck")
-        ('bottleneck (flatten:gap)', 'layer1:gap + bottleneck:gap')
+        ('flatten:gap (bottleneck)', 'layer1:gap + bottleneck:gap')
     """
     names = [columns] if isinstance(columns, str) else columns
     return " + ".join(
-        f"bottleneck ({one})" if one.partition(":")[0] == bottleneck != "bottleneck" else one for one in names
+        f"{one} (bottleneck)" if one.partition(":")[0] == bottleneck != "bottleneck" else one for one in names
     )
 
 
@@ -157,31 +157,23 @@ def counted(number: int, noun: str, one: str = "", several: str = "") -> str:
     return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}{verb and f' {verb}'}"
 
 
-def dealt_with(counts: Mapping[str, int], copies: int = 0) -> str:
+def dealt_with(counts: Mapping[str, int], copies: int = 0, left: int = 0) -> str:
     """What became of images.
 
     Args:
         counts: How many were ``computed``, ``known`` and ``rejected``.
         copies: How many of the known are copies of those computed.
+        left: How many were listed and are none of these, as the run ended before.
 
     Example:
         >>> dealt_with({"computed": 4, "known": 3, "rejected": 1}, 2)
         '4 computed, 3 known (2 as copies of these), 1 rejected'
+        >>> dealt_with({"computed": 4, "known": 0, "rejected": 1}, left=7)
+        '4 computed, 0 known, 1 rejected, 7 left'
     """
     computed, known, rejected = (f"{counts.get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
-    return f"{computed}, {known}{f' ({copies:,} as copies of these)' if copies else ''}, {rejected}"
-
-
-def shortened(text: str, most: int) -> str:
-    """A text cut in the middle so that it has at most ``most`` characters: names differ at both ends.
-
-    Example:
-        >>> shortened("features.denseblock4.denselayer16", 16)
-        'features\u2026layer16'
-    """
-    if len(text) <= most:
-        return text
-    return f"{text[: most // 2]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - (most - most // 2 - 1) :]}"
+    more = f", {left:,} left" if left > 0 else ""
+    return f"{computed}, {known}{f' ({copies:,} as copies of these)' if copies else ''}, {rejected}{more}"
 
 
 def first_names(names: Sequence[object], most: int = 3, *, apart: str = ", ", what: str = "") -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError, SourceError, StoreError, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
-from featurepipe.extraction.ledger import FACTS, Bookkeeping, ExtractionLedger, RejectLog, ShardLedger
+from featurepipe.extraction.ledger import FACTS, Bookkeeping, ExtractionLedger, RejectLog, ShardLedger, committed
 from featurepipe.extraction.plan import KeySet, MissingColumns, Plan, make_plan
 from featurepipe.extraction.prepare import ExtractionSpec
 from featurepipe.extraction.shards import (
@@ -201,6 +201,7 @@ def _counting_committed(writer: PartWriter, ledger: ExtractionLedger) -> Iterato
         ledger.columns = Counter()
         for part in writer.parts:
             ledger.columns.update(dict.fromkeys(part.columns, part.rows))
+        ledger.lose_copies(writer.parts)
         raise
 
 
@@ -226,6 +227,7 @@ class _Attempt:
             raise  # this process alone may have lost the source
         except FeaturepipeError as ours:
             error = ours
+            self._lose(writer.parts)
         return self._result(writer, time.perf_counter() - start, error)
 
     def _follow(self, images: list[Loaded]) -> None:
@@ -237,6 +239,13 @@ class _Attempt:
     def _doubt(self) -> None:
         reasons, reached = self.work.ledger.reasons.values(), int(np.count_nonzero(~self.untouched))
         check_source(self.context.source, self.context.probes or (), reasons, reached)
+
+    def _lose(self, parts: Sequence[PartInfo]) -> None:
+        """Has rows untouched again whose features, or those of the image that they are a copy of, were not committed."""
+        claimed = KeySet(self.work.missing.claimed).contains(self.work.ledger.keys) & self.work.ledger.has_key
+        claimed[claimed] = ~committed(parts, self.work.ledger.keys[claimed])
+        self.made[claimed] = False
+        self.untouched |= claimed
 
     def _result(self, writer: PartWriter, seconds: float, error: FeaturepipeError | None) -> ShardResult:
         ledger, earlier = self.work.ledger, self.work.earlier

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -18,9 +18,15 @@ from featurepipe.extraction.shards import COMPUTED, UNTOUCHED, Shard, ShardResul
 from featurepipe.features.loader import Loaded, StageSeconds
 from featurepipe.features.stream import Batches
 from featurepipe.store import Space
-from featurepipe.store.keys import KEY_BYTES
+from featurepipe.store.keys import KEY_BYTES, KeyIndex
+from featurepipe.store.parts import PartInfo
 
 FACTS = ["id", "size", "mtime_ns"]
+
+
+def committed(parts: Sequence[PartInfo], keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Which of some keys, uint8 (n, 32), are in one of these parts, with whatever columns: bool (n,)."""
+    return np.asarray(KeyIndex(parts=parts, on_damage=lambda _part, _error: None).contains(keys))
 
 
 @dataclass
@@ -35,6 +41,7 @@ class ExtractionLedger:
         computed: rows whose features were computed and handed to the store.
         known: rows whose features the store had, or gets from another row with the same bytes.
         copies: of these, the rows with the bytes of one that is among the computed.
+        copied: how many copies there are of which bytes, where this process computed them.
         read: how many images were read.
         tried_again: how many of those could be read only at a further try.
         remarks: how many images were decoded in which way that is to be said, see `Loaded.remarks`.
@@ -51,6 +58,7 @@ class ExtractionLedger:
     computed: int = 0
     known: int = 0
     copies: int = 0
+    copied: Counter[bytes] = field(default_factory=Counter, repr=False)
     read: int = 0
     tried_again: int = 0
     remarks: Counter[str] = field(default_factory=Counter)
@@ -73,6 +81,16 @@ class ExtractionLedger:
     def accounted(self) -> int:
         """How many rows are computed, known or rejected."""
         return self.computed + self.known + len(self.reasons)
+
+    def lose_copies(self, parts: Sequence[PartInfo]) -> None:
+        """Counts copies of bytes that are in none of these parts as neither known nor copies: they are left, too."""
+        if not self.copied:
+            return
+        keys = np.frombuffer(b"".join(self.copied), np.uint8).reshape(-1, KEY_BYTES)
+        counts = np.fromiter(self.copied.values(), np.int64, len(keys))
+        lost = int(counts[~committed(parts, keys)].sum())
+        self.known -= lost
+        self.copies -= lost
 
     def check(self) -> None:
         """Every listed image is accounted for, or the run fails.
@@ -110,7 +128,9 @@ class Bookkeeping:
                 self._batches.add(image)
             elif image.reason is None:
                 self._ledger.known += 1
-                self._ledger.copies += image.key in self._claimed
+                if image.key is not None and image.key in self._claimed:
+                    self._ledger.copies += 1
+                    self._ledger.copied[image.key] += 1
 
     def _enter(self, image: Loaded) -> None:
         self._ledger.read += 1

@@ -232,6 +232,7 @@ class DiskFloor:
                 Message(
                     f"{size(free)} are free on the disk of {self._folder}, less than the {size(self._floor)} of ",
                     Option("min_free"),
-                    "; everything computed before is kept. Free some space (featurepipe gc STORE) and run again",
+                    "; everything computed before is kept. Free some space (featurepipe gc STORE --dry-run says if it "
+                    "could) and run again",
                 )
             )

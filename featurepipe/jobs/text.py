@@ -89,11 +89,19 @@ def image_lines(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"{record.get('dataset') or '?'}: {counted(counts.get('listed', 0), 'image')} listed"
     if kinds or deleted:
         yield f"  {'; '.join([', '.join(kinds), *deleted] if kinds else deleted)}"
-    yield f"  {dealt_with(counts, record.get('copies') or 0)}"
+    yield f"  {dealt_with(counts, record.get('copies') or 0, _left(record))}"
     for reject in record.get("new_rejects", ()):
         yield f"  rejected: {reject['id']}: {reject['reason']}"
     if counts.get("computed"):
         yield f"  {record.get('images_per_second') or 0:,.1f} img/s; {record.get('verdict', '')}"
+
+
+def _left(record: Mapping[str, Any]) -> int:
+    """How many listed images a run came to no end with; of several feature spaces only their own counts tell."""
+    counts, spaces = record.get("counts") or {}, record.get("counts_by_space") or {}
+    if len(spaces) > 1 or "listed" not in counts:
+        return 0
+    return int(counts["listed"]) - sum(int(counts.get(name, 0)) for name in ("computed", "known", "rejected"))
 
 
 def step_lines(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:

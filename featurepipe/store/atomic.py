@@ -243,10 +243,10 @@ MOST_NESTED = 64
 """How deep lists and objects of a document may lie in each other: ours need eight, and Python's own limit is a crash away."""
 
 _FULL = {
-    errno.ENOSPC: ("no space left", "free some space (featurepipe gc STORE)"),
+    errno.ENOSPC: ("no space left", "free some space (featurepipe gc STORE --dry-run says if it could)"),
     errno.EDQUOT: (
         "this user's quota is used up",
-        "free some of it (featurepipe gc STORE, other files) or have it raised",
+        "free some of it (featurepipe gc STORE --dry-run says if it could) or have it raised",
     ),
     errno.EFBIG: ("no file may become so large", "raise the limit of this process (ulimit -f) or of the file system"),
 }

@@ -173,6 +173,8 @@ class PartWriter:
         try:
             if not self._failed:
                 self.commit()
+            elif kind is None and self._in_flight is not None:
+                self._raise_failure()  # of the last part, which nobody has waited for
         finally:
             self._pool.shutdown(wait=True)
 

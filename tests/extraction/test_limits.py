@@ -1,5 +1,6 @@
 """What an extraction refuses, when it stops by itself, and that the next one goes on from there."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from featurepipe.extraction.text import estimate_text, text
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest
 from featurepipe.store import FeatureStore, verify_store
+from featurepipe.store.parts import read_array
 
 
 def committed_rows(store):
@@ -320,6 +322,37 @@ def test_a_full_disk_leaves_a_record_if_that_still_fits(album, run, monkeypatch)
     written.clear()
     monkeypatch.setattr(writer, "write_part", write_part)
     assert run(album.root, batch_size=4)["counts"]["known"] == 16
+
+
+@pytest.mark.parametrize("fit", [0, 1])
+def test_copies_of_what_a_full_disk_kept_from_being_committed_are_left(album, run, monkeypatch, fit):
+    from featurepipe.extraction import compute
+    from featurepipe.store import writer
+
+    album.fill(6)
+    for number in range(6):
+        for copy in ("a", "b"):
+            (album.root / f"{number:02d}{copy}.png").write_bytes((album.root / "000.png").read_bytes())
+    monkeypatch.setattr(compute, "part_bytes", lambda worker: 1)
+    write_part, written = writer.write_part, []
+
+    def until_full(*args, **options):
+        if len(written) == fit:
+            raise DiskFull("no space left while writing a part")
+        written.append(write_part(*args, **options))
+        return written[-1]
+
+    monkeypatch.setattr(writer, "write_part", until_full)
+    with pytest.raises(DiskFull):
+        run(album.root, batch_size=3, workers=1)
+    (record,) = run.store.runs()
+    keys = {
+        keys for space in run.store.spaces() for part in space.parts() for keys in map(bytes, read_array(part, "key"))
+    }
+    copied = hashlib.sha256((album.root / "000.png").read_bytes()).digest()
+    assert record["counts"]["computed"] == len(keys) == 3 * fit
+    assert (copied in keys) == bool(fit)
+    assert (record["counts"]["known"], record["copies"]) == ((12, 12) if fit else (0, 0))
 
 
 def test_a_defect_leaves_a_record_too_and_what_was_computed(album, run, monkeypatch):

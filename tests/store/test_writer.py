@@ -226,6 +226,21 @@ def test_a_failed_commit_in_the_background_is_raised_once_then_refused(store, sp
         rows.add(writer, ["c"])
 
 
+def test_a_last_part_that_fails_in_the_background_is_raised_at_the_end(store, space, rows, monkeypatch):
+    def fail(*args, **kwargs):
+        raise DiskFull("no space")
+
+    def until_failed():
+        with space.writer(store.new_run_id(), part_bytes=1) as writer:
+            rows.add(writer, ["a"])
+            while not writer._failed:
+                time.sleep(0.01)
+
+    monkeypatch.setattr("featurepipe.store.writer.write_part", fail)
+    with pytest.raises(DiskFull, match="no space"):
+        until_failed()
+
+
 def test_what_reads_back_differently_is_not_committed(store, space, rows, monkeypatch):
     """A disk that lies."""
     real = os.pwrite
