@@ -31,8 +31,7 @@ Say = Callable[[str], None]
 Array = npt.NDArray[Any]
 
 DATA = Path(__file__).parent / "data"
-DATASET = "clothes"
-_EARLIER = "fashion-mnist"  # what earlier versions called it: their folders stay the demo's own
+DATASET = "fashion-mnist"
 BACKBONE = "efficientnet_lite0"
 NODES = ("blocks.10", "bottleneck")
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -143,9 +142,7 @@ def check_folder(out: Path) -> None:
     if not out.is_dir():
         raise UsageError(Message(Option("out", str(out)), " is a file; name a new folder"))
     if (out / "store" / "store.json").is_file():
-        others = [
-            name for name in FeatureStore(out / "store", create=False).datasets() if name not in (DATASET, _EARLIER)
-        ]
+        others = [name for name in FeatureStore(out / "store", create=False).datasets() if name != DATASET]
         if others:
             held = f" holds a store of your own ({', '.join(others)}); name a new folder"
             raise UsageError(Message(Option("out", str(out)), held))

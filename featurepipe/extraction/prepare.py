@@ -241,8 +241,7 @@ def prepare(
             say(line)
     history = History.of(store, name)
     listing = history.with_unreadable(listing)
-    history = history.without_folders(listing)
-    losses = history.losses(listing)
+    losses = history.without_folders(listing).losses(listing)
     options.check_gone(source.name, listing.num_rows, losses)
 
     spaces = held_spaces(store, backbone, history, mirrored=options.mirrored)

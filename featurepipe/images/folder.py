@@ -168,7 +168,7 @@ class _Walk:
         except OSError as error:
             if is_passing(error):
                 raise  # else all that lies below would be taken for deleted
-            return [self._unreadable(directory.id.removesuffix("/"), base, label_and_split)]
+            return [self._unreadable(directory.id.removesuffix("/"), base)]
         for name in passed_over:
             self._findings.pass_over(name)
         images = sum(not isinstance(child, _Directory) for _, child in found)
@@ -189,13 +189,16 @@ class _Walk:
         try:
             child = _descend(directory, entry)
         except PermissionError:  # the folder around it can be listed, but not searched
-            return self._unreadable(id_, locator, label_and_split)
+            return self._unreadable(id_, locator)
         return None if child is None else (child.id, child)
 
-    def _unreadable(self, id_: str, locator: bytes, label_and_split: _LabelAndSplit) -> _Found:
-        """A folder listed as an entry of its own, so that reading it gives a reject: what lies below must not just be missing."""
+    def _unreadable(self, id_: str, locator: bytes) -> _Found:
+        """A folder listed as an entry of its own, so that reading it gives a reject: what lies below must not just be missing.
+
+        It is no image of a class, so that it has no label and no split.
+        """
         self._findings.unreadable.append(id_)
-        return id_, (id_, *label_and_split, UNKNOWN, UNKNOWN, locator)
+        return id_, (id_, None, None, UNKNOWN, UNKNOWN, locator)
 
 
 def _is_store(entry: os.DirEntry[str]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import KEPT_COLUMN, label_text, names_in_doubt, plain_name, several_names, split_of
+from featurepipe.annotations import label_text, names_in_doubt, several_names, split_of
 from featurepipe.display import counted, first_names
 from featurepipe.errors import SourceError
 from featurepipe.images.dicom import DICOM_STEP, DICOM_SUFFIXES, has_pydicom
@@ -329,7 +329,7 @@ class ListingSummary:
     """What a listing holds, what was ignored, and what was guessed.
 
     Attributes:
-        images: how many are listed.
+        images: how many are listed, folders that could not be read included.
         labelled: how many of them have a label.
         classes: how many different labels there are.
         splits: images by split; those without one are not counted.
@@ -338,8 +338,6 @@ class ListingSummary:
         ignored_are: which of these they are.
         reasons: why some of them are, such as that two have one name.
         further: columns of a manifest that are kept with the snapshot, for whoever says what they are.
-        class_columns: of images without labels, the further columns that may be classes, and how many values each has; the
-            likeliest first.
         undecodable: of which format there are files that lack their decoder here, how many, and what installs it.
         unreadable: folders that could not be read; each is a reject, as are the images that were there before.
         notes: guesses, and what seems odd.
@@ -355,7 +353,6 @@ class ListingSummary:
     notes: Sequence[str] = ()
     ignored_are: str = "columns"
     further: Sequence[str] = ()
-    class_columns: Mapping[str, int] = field(default_factory=dict)
     undecodable: Sequence[str] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -384,7 +381,6 @@ class ListingSummary:
             notes=notes,
             ignored_are=found.get("ignored_are", "columns"),
             further=found.get("further", [])[:_KEPT],
-            class_columns={} if labels else _class_columns(listing),
             reasons=dict(list(found.get("reasons", {}).items())[:_KEPT]),
             undecodable=_without_decoder(listing),
         )
@@ -400,9 +396,16 @@ class ListingSummary:
             name: What to call the source.
             labels: Whether its labels and splits matter.
         """
-        first = [counted(self.images, "image"), *([self._labels(), self._splits()] if labels else [])]
-        more = [*self._left_out(), *(self.notes if labels else ())]
-        return [f"{name}: {', '.join(first)}", *([f"{name}: {'; '.join(more)}"] if more else [])]
+        folders = counted(len(self.unreadable), "folder")
+        more = f" and {folders} that cannot be read" if self.unreadable else ""
+        first = [f"{counted(self._files, 'image')}{more}", *([self._labels(), self._splits()] if labels else [])]
+        said = [*self._left_out(), *(self.notes if labels else ())]
+        return [f"{name}: {', '.join(first)}", *([f"{name}: {'; '.join(said)}"] if said else [])]
+
+    @property
+    def _files(self) -> int:
+        """How many entries are not folders that cannot be read."""
+        return self.images - len(self.unreadable)
 
     def _ignored(self, name: str) -> str:
         why = self.reasons.get(name)
@@ -412,13 +415,13 @@ class ListingSummary:
         if not self.classes:
             return "no labels"
         return counted(self.classes, "label") + (
-            f" on {self.labelled:,} of them" if self.labelled < self.images else ""
+            f" on {self.labelled:,} of them" if self.labelled < self._files else ""
         )
 
     def _splits(self) -> str:
         if not self.splits:
             return "no splits"
-        without = self.images - sum(self.splits.values())
+        without = self._files - sum(self.splits.values())
         named = [f"{split} {count:,}" for split, count in self.splits.items()] + (
             [f"none {without:,}"] if without else []
         )
@@ -442,48 +445,6 @@ class ListingSummary:
         if self.unreadable:
             found.append(f"cannot be read: {first_names([f'{folder}/' for folder in self.unreadable], _SHOWN)}")
         return found
-
-
-NAMED_ALIKE: Final = {
-    "label": (
-        "labels",
-        "class",
-        "classes",
-        "classname",
-        "target",
-        "y",
-        "category",
-        "diagnosis",
-        "labelname",
-        "classid",
-    ),
-    "split": ("subset", "fold", "partition", "set", "istrain", "usage", "phase", "datasplit"),
-}
-"""Columns that may be meant: they are not taken, and the way to have them taken is told."""
-_IMAGES_A_CLASS: Final = 5
-"""Images that each value has on average in a column that may be of classes."""
-_MOST_CLASSES: Final = 1_000
-_NUMBER: Final = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
-
-
-def _class_columns(listing: pa.Table) -> dict[str, int]:
-    """Further columns that may be classes, and how many values each has: two or more, several images for each, and no numbers.
-
-    A column that is named like one of classes comes first, and may have numbers; one of groups or splits is none.
-    """
-    found: dict[str, int] = {}
-    named = []
-    for column in listing.column_names:
-        name = column.removeprefix(KEPT_COLUMN)
-        if name == column or plain_name(name) in ("group", *NAMED_ALIKE["split"]):
-            continue
-        values = pc.unique(listing[column].drop_null())
-        if not 2 <= len(values) <= min(_MOST_CLASSES, listing.num_rows // _IMAGES_A_CLASS):
-            continue
-        named += [name] if plain_name(name) in NAMED_ALIKE["label"] else []
-        if name in named or not pc.any(pc.match_substring_regex(values, _NUMBER)).as_py():
-            found[name] = len(values)
-    return dict(sorted(found.items(), key=lambda item: (item[0] not in named, item[1])))
 
 
 def _without_decoder(listing: pa.Table) -> list[str]:

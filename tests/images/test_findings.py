@@ -437,7 +437,15 @@ def test_folders_that_cannot_be_searched_or_listed_are_rejects(tmp_path, mode, w
         (root / "shut").chmod(0o755)
     summary = ListingSummary.of(table)
     assert list(summary.unreadable) == [id_ for id_ in ids[1:] if not id_.endswith(".jpg")]
-    assert "cannot be read: shut/" in summary.lines("pile")[1]
+    first, second = summary.lines("pile")
+    assert "cannot be read: shut/" in second
+    told_of = {
+        0o644: "pile: 2 images and 2 folders that cannot be read, 2 labels, no splits",
+        0o311: "pile: 1 image and 1 folder that cannot be read, 1 label, no splits",
+    }
+    assert first == told_of[mode or 0o311]
+    labels = dict(zip(ids, table["label"].to_pylist(), strict=True))
+    assert [labels[folder] for folder in summary.unreadable] == [None] * len(summary.unreadable)
 
 
 def test_a_source_of_a_users_own_need_not_leave_anything():
