@@ -11,8 +11,8 @@ BIN    := $(VENV)/bin
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featurepipe needs Python >= 3.11; choose one: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV), with PyTorch: minutes, and no output until it is done"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt --config-settings editable_mode=compat -e '.[$*]'
+	@echo "installing into $(VENV), with PyTorch: several minutes, with a line for each package"
+	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-compile -c constraints.txt --config-settings editable_mode=compat -e '.[$*]'
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true   # as pip would, but on all cores; some packages have files of Python 2
 	@touch $@
 

@@ -31,7 +31,8 @@ Say = Callable[[str], None]
 Array = npt.NDArray[Any]
 
 DATA = Path(__file__).parent / "data"
-DATASET = "fashion-mnist"
+DATASET = "clothes"
+_EARLIER = "fashion-mnist"  # what earlier versions called it: their folders stay the demo's own
 BACKBONE = "efficientnet_lite0"
 NODES = ("blocks.10", "bottleneck")
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -142,7 +143,9 @@ def check_folder(out: Path) -> None:
     if not out.is_dir():
         raise UsageError(Message(Option("out", str(out)), " is a file; name a new folder"))
     if (out / "store" / "store.json").is_file():
-        others = [name for name in FeatureStore(out / "store", create=False).datasets() if name != DATASET]
+        others = [
+            name for name in FeatureStore(out / "store", create=False).datasets() if name not in (DATASET, _EARLIER)
+        ]
         if others:
             held = f" holds a store of your own ({', '.join(others)}); name a new folder"
             raise UsageError(Message(Option("out", str(out)), held))

@@ -135,11 +135,11 @@ def named_columns(columns: str | Sequence[str], bottleneck: object) -> str:
 
     Example:
         >>> named_columns("flatten:gap", "flatten"), named_columns(["layer1:gap", "bottleneck:gap"], "bottleneck")
-        ('flatten:gap (bottleneck)', 'layer1:gap + bottleneck:gap')
+        ('bottleneck (flatten:gap)', 'layer1:gap + bottleneck:gap')
     """
     names = [columns] if isinstance(columns, str) else columns
     return " + ".join(
-        f"{one} (bottleneck)" if one.partition(":")[0] == bottleneck != "bottleneck" else one for one in names
+        f"bottleneck ({one})" if one.partition(":")[0] == bottleneck != "bottleneck" else one for one in names
     )
 
 
@@ -174,6 +174,18 @@ def dealt_with(counts: Mapping[str, int], copies: int = 0, left: int = 0) -> str
     computed, known, rejected = (f"{counts.get(name, 0):,} {name}" for name in ("computed", "known", "rejected"))
     more = f", {left:,} left" if left > 0 else ""
     return f"{computed}, {known}{f' ({copies:,} as copies of these)' if copies else ''}, {rejected}{more}"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text cut in the middle so that it has at most ``most`` characters: names differ at both ends.
+
+    Example:
+        >>> shortened("features.denseblock4.denselayer16", 16)
+        'features\u2026layer16'
+    """
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - (most - most // 2 - 1) :]}"
 
 
 def first_names(names: Sequence[object], most: int = 3, *, apart: str = ", ", what: str = "") -> str:

@@ -344,6 +344,16 @@ def needs_posix(what: str) -> str:
     )
 
 
+def pip_install(extra: str) -> str:
+    """The command that installs what an extra brings.
+
+    Example:
+        >>> pip_install("duplicates")
+        "pip install 'featurepipe[duplicates]' (in a checkout '.[duplicates]')"
+    """
+    return f"pip install 'featurepipe[{extra}]' (in a checkout '.[{extra}]')"
+
+
 def nearest(value: str, names: Sequence[str]) -> list[str]:
     """Up to three names that look most like a value, or hold it.
 

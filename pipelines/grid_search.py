@@ -55,7 +55,7 @@ def features_of(store: Path, dataset: str | None, node: str) -> FeatureSet:
     """The rows to search on: those of the split ``train``, if there are splits, that have a label."""
     opened = fp.FeatureStore(store)
     if not opened.exists:  # the 2,000 images that come with featurepipe; half a minute
-        fp.extract(DATA, opened, dataset="fashion-mnist", backbone=BACKBONE, nodes=[node])
+        fp.extract(DATA, opened, dataset="clothes", backbone=BACKBONE, nodes=[node])
     features = opened.features(dataset or opened.only_dataset(), node=node).select(labelled=True)
     return features.select(split="train") if "train" in features.splits else features
 

@@ -137,7 +137,7 @@ def test_extract_says_what_it_did(cli, images, tmp_path):
     finished = cli("extract", images, "--store", store, *SMALL, "--node", "c3", "--node", "bottleneck:gap")
     assert finished.code == 0
     assert "digits: 6 images listed, 6 computed, 0 known, 0 rejected" in finished.out
-    assert re.search(r"c3:gap computed for 6; f6.1:gap computed for 6", finished.out)
+    assert re.search(r"c3:gap computed for 6; bottleneck \(f6.1:gap\) computed for 6", finished.out)
     assert re.search(r"done in [\d.]+ s, too short", finished.out)
     assert "starting a new feature space" in finished.err
     again = cli("extract", images, "--store", store, *SMALL, "--node", "c3", "--quiet")

@@ -74,7 +74,7 @@ def test_accuracy_is_that_of_a_head_fitted_by_hand(finished: Demo) -> None:
     store = FeatureStore(finished.out / "store", create=False)
     assert [(o.node, o.width) for o in finished.outcomes] == [("blocks.10", 112), ("bottleneck", 1280)]
     for outcome in finished.outcomes:
-        features = store.features("fashion-mnist", node=outcome.node)
+        features = store.features("clothes", node=outcome.node)
         values, labels = features.numpy()
         train = features.splits == "train"
         scaler = StandardScaler().fit(values[train])
@@ -178,10 +178,16 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     assert state(tmp_path) == before
 
 
+def test_a_folder_of_an_earlier_version_is_still_the_demos(finished: Demo, tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "store")
+    store.write_snapshot("fashion-mnist", store.new_run_id(), FeatureStore(finished.out / "store").snapshot("clothes"))
+    demo.check_folder(tmp_path)
+
+
 @pytest.mark.usefixtures("no_work")
 def test_a_store_of_other_datasets_is_left_alone(finished: Demo, tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "store")
-    snapshot = FeatureStore(finished.out / "store").snapshot("fashion-mnist")
+    snapshot = FeatureStore(finished.out / "store").snapshot("clothes")
     store.write_snapshot("nightly", store.new_run_id(), snapshot)
     before = state(tmp_path)
     with pytest.raises(UsageError, match=r"store of your own \(nightly\)"):

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 import featurepipe
 from featurepipe.backbones import loading
 from featurepipe.backbones.loading import DEFAULT, SMALL, default_backbone
+from featurepipe.extraction.text import next_command
+from featurepipe.images.listing import SCHEMA, ListingSummary
 from featurepipe.store import FeatureStore
 
 LENET = ("--backbone", "lenet5", "--weights", "none")
@@ -61,6 +64,49 @@ def test_extract_alone_names_the_next_command_and_its_reasons(photos, cli):
     assert loose.out.splitlines()[-1].startswith(
         "next: featurepipe train 'a store' --dataset loose --labels FILE.csv --out loose-bundle   # "
     )
+
+
+def listed(**columns):
+    rows = len(next(iter(columns.values())))
+    table = pa.table([pa.nulls(rows, one.type) for one in SCHEMA], schema=SCHEMA)
+    for name, values in columns.items():
+        table = table.append_column(f"column:{name}", pa.array(values, pa.string()))
+    return ListingSummary.of(table).as_dict()
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({}, "--labels FILE.csv --out d-bundle   # the images have no labels: FILE.csv has the columns id and label"),
+        (
+            {
+                "unit": list("abcd") * 10,
+                "race": ["elf", "orc"] * 20,
+                "female": ["0", "1"] * 20,
+                "id2": list(map(str, range(40))),
+            },
+            "--label race --out d-bundle   # the images have no labels, but race has 2 values; if others are the classes: "
+            "--label unit",
+        ),
+        (
+            {"what is it": ["x", "y"] * 5},
+            "--label 'what is it' --out d-bundle   # the images have no labels, but what is it has 2 values",
+        ),
+        (
+            {"source": ["a", "b"] * 10, "Class": list("1234") * 5},
+            "--label Class --out d-bundle   # the images have no labels, but "
+            "Class has 4 values; if others are the classes: --label source",
+        ),
+        (
+            {"group": ["a", "b"] * 10, "fold": ["a", "b"] * 10, "one": ["a"] * 20, "many": list("abcde") * 4},
+            "--labels FILE.csv --out d-bundle   # the images have no labels: FILE.csv has the columns id and label",
+        ),
+    ],
+)
+def test_columns_that_may_be_classes_are_the_next_commands_label(columns, expected):
+    listing = listed(**(columns or {"note": [None] * 9}))
+    record = {"status": "done", "dataset": "d", "counts": {"listed": 40, "rejected": 0}, "listing": listing}
+    assert next_command(record, "s") == f"next: featurepipe train s --dataset d {expected}"
 
 
 def test_in_python_messages_and_reasons_are_logged(photos, caplog):

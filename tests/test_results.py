@@ -234,6 +234,7 @@ def test_plots_draw_the_values(store: fp.FeatureStore, evaluated: Result) -> Non
     np.testing.assert_array_equal(found.plot("curve").lines[0].get_ydata(), [0.5, 0.75])
     axes = store.features("greys").plot()
     assert sum(len(one.get_offsets()) for one in axes.collections) == 12
+    assert axes.get_title().startswith(store.features("greys").named_column)
     assert "12 of 12 images" in axes.get_title()
     pictures = {f"{k}.png": np.full((8, 8), k, np.uint8) for k in range(60)}
     axes = evaluated.plot("mistakes", images=pictures.get, most=3)

@@ -83,7 +83,7 @@ def test_info_names_the_bottleneck_of_a_space_and_of_its_index(tmp_path: Path) -
     index = {"vectors": 5, "dataset": "d", "columns": ["f6:gap"], "distance": "cosine", "bytes": 20}
     found["indexes"] = [{**index, "fingerprint": space.fingerprint}, {**index, "fingerprint": "gone"}]
     text = summary.info_text(found)
-    assert "\nindex of 5 images of d by f6:gap (bottleneck) (cosine), 20 B" in text
+    assert "\nindex of 5 images of d by bottleneck (f6:gap) (cosine), 20 B" in text
     assert "\nindex of 5 images of d by f6:gap (cosine), 20 B" in text
 
 

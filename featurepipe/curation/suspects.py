@@ -17,7 +17,7 @@ from sklearn.pipeline import Pipeline
 from featurepipe.curation.options import ON_A_PAGE, CheckLabelsOptions
 from featurepipe.curation.question import Question, column_text, files_text, more_text
 from featurepipe.display import counted, table
-from featurepipe.errors import UsageError
+from featurepipe.errors import UsageError, pip_install
 from featurepipe.execution.local import features_at
 from featurepipe.features.options import Places, places
 from featurepipe.heads import fit_path
@@ -357,7 +357,7 @@ def _label_issues() -> Callable[..., Any]:
     try:
         from cleanlab.filter import find_label_issues
     except ModuleNotFoundError as error:
-        raise UsageError("labels are checked with cleanlab; run: pip install 'featurepipe[labels]'") from error
+        raise UsageError(f"labels are checked with cleanlab; run: {pip_install('labels')}") from error
     found: Callable[..., Any] = find_label_issues
     return found
 

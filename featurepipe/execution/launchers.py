@@ -33,7 +33,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from featurepipe.display import seconds_of, without_password
-from featurepipe.errors import ClusterError, UsageError, unknown
+from featurepipe.errors import ClusterError, UsageError, pip_install, unknown
 from featurepipe.execution.worker import gpu_names
 from featurepipe.interrupt import handlers_kept, signals_held
 
@@ -445,7 +445,7 @@ def _imported(module: str, name: str, table: ClusterTable) -> Any:
         with handlers_kept():  # dask_jobqueue.runner takes SIGINT for itself as it is imported
             return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed; pip install 'featurepipe[{table.kind}]'") from error
+        raise ImportError(f"{error.name} is not installed; {pip_install(str(table.kind))}") from error
 
 
 def in_a_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from featurepipe.display import counted, dealt_with, size
+from featurepipe.display import counted, dealt_with, first_names, named_columns, size
 from featurepipe.progress import spoken, took
 
 _REJECTS_SHOWN = 5
@@ -34,7 +34,8 @@ def text(record: Mapping[str, Any]) -> str:
     lines += damaged_lines(record)
     lines += remark_lines(record)
     if counts["computed"]:
-        by_column = record["computed_by_column"].items()
+        bottleneck = record["backbone"].get("bottleneck")
+        by_column = [(named_columns(name, bottleneck), n) for name, n in record["computed_by_column"].items()]
         lines.append("; ".join(f"{name} {f'computed for {n:,}' if n else 'was there'}" for name, n in by_column))
         stages = ", ".join(f"{name} {took(seconds[name])}" for name in ("read", "decode", "forward", "write"))
         lines.append(f"{took(seconds['wall'])} at {record['images_per_second']:,.1f} img/s ({stages})")
@@ -56,11 +57,34 @@ def text_and_next(record: Mapping[str, Any], store: str) -> str:
     """
     lines = [text(record)]
     if record.get("status") == "done" and record["counts"]["listed"] > record["counts"]["rejected"]:
-        labels = "" if record["listing"]["labelled"] else " --labels FILE.csv"
-        command = f"featurepipe train {shlex.quote(store)} --dataset {record['dataset']}"
-        told = "" if not labels else "   # the images have no labels: FILE.csv has the columns id and label"
-        lines.append(f"next: {command}{labels} --out {record['dataset']}-bundle{told}")
+        lines.append(next_command(record, store))
     return "\n".join(lines)
+
+
+def next_command(record: Mapping[str, Any], store: str) -> str:
+    """The line that names the command by which a head is trained."""
+    labels, told = _classes_from(record["listing"])
+    command = f"featurepipe train {shlex.quote(store)} --dataset {record['dataset']}"
+    return f"next: {command}{labels} --out {record['dataset']}-bundle{told}"
+
+
+def _classes_from(listing: Mapping[str, Any]) -> tuple[str, str]:
+    """The option that says where classes are, and a remark why; both empty where the images have labels."""
+    if listing["labelled"]:
+        return "", ""
+    columns = listing.get("class_columns") or {}
+    if not columns:
+        return " --labels FILE.csv", "   # the images have no labels: FILE.csv has the columns id and label"
+    (first, values), *others = columns.items()
+    also = (
+        f"; if others are the classes: {first_names([f'--label {shlex.quote(name)}' for name, _ in others])}"
+        if others
+        else ""
+    )
+    return (
+        f" --label {shlex.quote(first)}",
+        f"   # the images have no labels, but {first} has {values:,} values{also}",
+    )
 
 
 def damaged_lines(record: Mapping[str, Any]) -> list[str]:

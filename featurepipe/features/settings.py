@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from featurepipe.backbones.engine import OPENVINO, PYTORCH, openvino_is_installed
-from featurepipe.errors import Message, Option, UsageError
+from featurepipe.errors import Message, Option, UsageError, pip_install
 from featurepipe.features.options import AUTO, MachineOptions, SettingOptions
 from featurepipe.images.decode import decoding_fields, is_scaled
 from featurepipe.images.intensity import HIGH_BYTE, intensity_of, parse_intensity
@@ -208,5 +208,5 @@ def _engine(asked: str, device: str, *, has_openvino: bool) -> str:
     if asked == OPENVINO and device != "cpu":
         raise UsageError(Message("engine 'openvino' needs ", Option("device", "cpu"), f"; here the device is {device}"))
     if asked == OPENVINO and not has_openvino:
-        raise UsageError("engine 'openvino': it is not installed; run: pip install 'featurepipe[cpu]'")
+        raise UsageError(f"engine 'openvino': it is not installed; run: {pip_install('cpu')}")
     return asked

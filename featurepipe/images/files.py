@@ -21,7 +21,7 @@ from typing import Any, Final
 import fsspec
 
 from featurepipe.display import without_password
-from featurepipe.errors import FeaturepipeError, Reject, SourceError, Unavailable
+from featurepipe.errors import FeaturepipeError, Reject, SourceError, Unavailable, pip_install
 from featurepipe.images.budgets import FILE_BYTES, check_bytes
 from featurepipe.images.listing import UNKNOWN, printable
 
@@ -91,7 +91,7 @@ def file_system_of(url: str, *, redirects: bool = True) -> tuple[Any, str]:
     except ImportError as error:
         raise SourceError(
             f"{url.partition('://')[0]}:// cannot be read here, since a library is not installed: {error}; "
-            "pip install 'featurepipe[remote]' brings those for s3://, http:// and https://"
+            f"{pip_install('remote')} brings those for s3://, http:// and https://"
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.annotations import label_text, names_in_doubt, several_names, split_of
+from featurepipe.annotations import KEPT_COLUMN, label_text, names_in_doubt, plain_name, several_names, split_of
 from featurepipe.display import counted, first_names
 from featurepipe.errors import SourceError
 from featurepipe.images.dicom import DICOM_STEP, DICOM_SUFFIXES, has_pydicom
@@ -338,6 +338,8 @@ class ListingSummary:
         ignored_are: which of these they are.
         reasons: why some of them are, such as that two have one name.
         further: columns of a manifest that are kept with the snapshot, for whoever says what they are.
+        class_columns: of images without labels, the further columns that may be classes, and how many values each has; the
+            likeliest first.
         undecodable: of which format there are files that lack their decoder here, how many, and what installs it.
         unreadable: folders that could not be read; each is a reject, as are the images that were there before.
         notes: guesses, and what seems odd.
@@ -353,6 +355,7 @@ class ListingSummary:
     notes: Sequence[str] = ()
     ignored_are: str = "columns"
     further: Sequence[str] = ()
+    class_columns: Mapping[str, int] = field(default_factory=dict)
     undecodable: Sequence[str] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -381,6 +384,7 @@ class ListingSummary:
             notes=notes,
             ignored_are=found.get("ignored_are", "columns"),
             further=found.get("further", [])[:_KEPT],
+            class_columns={} if labels else _class_columns(listing),
             reasons=dict(list(found.get("reasons", {}).items())[:_KEPT]),
             undecodable=_without_decoder(listing),
         )
@@ -445,6 +449,48 @@ class ListingSummary:
         if self.unreadable:
             found.append(f"cannot be read: {first_names([f'{folder}/' for folder in self.unreadable], _SHOWN)}")
         return found
+
+
+NAMED_ALIKE: Final = {
+    "label": (
+        "labels",
+        "class",
+        "classes",
+        "classname",
+        "target",
+        "y",
+        "category",
+        "diagnosis",
+        "labelname",
+        "classid",
+    ),
+    "split": ("subset", "fold", "partition", "set", "istrain", "usage", "phase", "datasplit"),
+}
+"""Columns that may be meant: they are not taken, and the way to have them taken is told."""
+_IMAGES_A_CLASS: Final = 5
+"""Images that each value has on average in a column that may be of classes."""
+_MOST_CLASSES: Final = 1_000
+_NUMBER: Final = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
+
+
+def _class_columns(listing: pa.Table) -> dict[str, int]:
+    """Further columns that may be classes, and how many values each has: two or more, several images for each, and no numbers.
+
+    A column that is named like one of classes comes first, and may have numbers; one of groups or splits is none.
+    """
+    found: dict[str, int] = {}
+    named = []
+    for column in listing.column_names:
+        name = column.removeprefix(KEPT_COLUMN)
+        if name == column or plain_name(name) in ("group", *NAMED_ALIKE["split"]):
+            continue
+        values = pc.unique(listing[column].drop_null())
+        if not 2 <= len(values) <= min(_MOST_CLASSES, listing.num_rows // _IMAGES_A_CLASS):
+            continue
+        named += [name] if plain_name(name) in NAMED_ALIKE["label"] else []
+        if name in named or not pc.any(pc.match_substring_regex(values, _NUMBER)).as_py():
+            found[name] = len(values)
+    return dict(sorted(found.items(), key=lambda item: (item[0] not in named, item[1])))
 
 
 def _without_decoder(listing: pa.Table) -> list[str]:

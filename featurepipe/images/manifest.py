@@ -35,29 +35,22 @@ from featurepipe.display import counted
 from featurepipe.errors import FeaturepipeError, Message, Option, Reject, SourceError, UsageError, unknown
 from featurepipe.images.blobs import Blob
 from featurepipe.images.files import is_url, located, location_of, read_file, read_head, size_and_path, stat_files
-from featurepipe.images.listing import BATCH_ROWS, UNKNOWN, Findings, Row, check_unique, printable, table_of
+from featurepipe.images.listing import (
+    BATCH_ROWS,
+    NAMED_ALIKE,
+    UNKNOWN,
+    Findings,
+    Row,
+    check_unique,
+    printable,
+    table_of,
+)
 from featurepipe.images.regions import Box, Boxes, Payload, Region, Whole, region_locator, split_region, stamp
 from featurepipe.images.source import Source
 
 MANIFEST_SUFFIXES: Final = (".csv", ".parquet", ".jsonl")
 
 _OURS: Final = ("path", "id", "label", "split", "size", "mtime_ns")
-_NAMED_ALIKE: Final = {
-    "label": (
-        "labels",
-        "class",
-        "classes",
-        "classname",
-        "target",
-        "y",
-        "category",
-        "diagnosis",
-        "labelname",
-        "classid",
-    ),
-    "split": ("subset", "fold", "partition", "set", "istrain", "usage", "phase", "datasplit"),
-}
-"""Columns that may be meant: they are not taken, and the way to have them taken is told."""
 _Columns = dict[str, Any]  # a list each; a further column may be an Arrow array
 NO_BOX: Final = "none"
 _SIDES: Final = ("box 0", "box 1", "box 2", "box 3")
@@ -540,7 +533,7 @@ def _advice(ignored: Sequence[str], taken: Mapping[str, str]) -> list[str]:
     """What to say of columns that were guessed, or may be meant."""
     path = taken.get("path", "path")
     notes = [] if plain_name(path) == "path" else [f"paths are in column {path!r}"]
-    for ours, alike in _NAMED_ALIKE.items():
+    for ours, alike in NAMED_ALIKE.items():
         meant = [name for name in ignored if plain_name(name) in alike]
         if ours not in taken and meant:
             option = Option("label" if ours == "label" else "split_column", meant[0])

@@ -96,8 +96,8 @@ def duplicates(
         ``seconds``.
 
     Raises:
-        UsageError: A dataset, column or space is unknown; ``near`` cannot be, or joins millions of pairs; faiss is not
-            installed; or no file can be written there.
+        UsageError: A dataset, column or space is unknown; ``near`` cannot be, or joins millions of pairs; of more than
+            50,000 images, faiss is not installed; or no file can be written there.
         StoreError: Features of some images are missing.
     """
     started = time.monotonic()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from featurepipe.errors import UsageError
+from featurepipe.errors import UsageError, pip_install
 from featurepipe.heads.blocks import Blocks, iterate
 from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.heads.row_shards import RowShards, remote_row_shards
@@ -98,7 +99,10 @@ def require_faiss() -> Any:
     try:
         import faiss
     except ModuleNotFoundError as error:
-        raise UsageError("near-duplicates are found with faiss; run: pip install 'featurepipe[duplicates]'") from error
+        raise UsageError(
+            f"an index of near images, and near copies among more than {EXACT:,} images, need faiss; run: "
+            f"{pip_install('duplicates')}"
+        ) from error
     return faiss
 
 
@@ -114,9 +118,39 @@ def faiss_threads(threads: int | None) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def exact_index(width: int) -> Any:
-    """An index that compares with every vector; 4 bytes a value."""
-    return require_faiss().IndexFlatL2(width)
+class EveryRow:
+    """Vectors that are all compared with, block by block, by matrix products; 4 bytes a value."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[Single, Single]] = []  # vectors, and half of their squared lengths
+
+    def add(self, block: Single) -> None:
+        """Adds vectors (n, d)."""
+        self._blocks.append((block, np.einsum("ij,ij->i", block, block) / 2))
+
+    def within(self, queries: Single, squared: float) -> tuple[Positions, Positions]:
+        """Finds the vectors within a squared distance of each query (q, d): numbers of queries, and of vectors."""
+        least = (np.einsum("ij,ij->i", queries, queries) - squared) / 2
+        asked, found, start = [], [], 0
+        for block, halves in self._blocks:
+            rows, columns = np.nonzero(queries @ block.T - halves >= least[:, None])
+            asked.append(rows)
+            found.append(columns + start)
+            start += len(block)
+        return np.concatenate(asked), np.concatenate(found)
+
+
+@contextmanager
+def _threads(threads: int | None, values: int, *, exact: bool) -> Iterator[None]:
+    """While the block runs, the search uses at most so many threads; None leaves it to OMP_NUM_THREADS and the CPUs allowed."""
+    if not exact:
+        with faiss_threads(threads):
+            yield
+        return
+    before = max((library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"), default=1)
+    wanted = 1 if values <= _FEW_VALUES else before  # threads wait for each other where products are small
+    with threadpool_limits(wanted if threads is None else min(threads, wanted), user_api="blas"):
+        yield
 
 
 def cells(count: int) -> int:
@@ -165,6 +199,7 @@ EXACT = 50_000
 
 AUTO = "auto"
 _AUTO_SHARE = 1 / 15
+_FEW_VALUES = 1_000_000  # searched, up to which one thread is used
 _WIDTH, _APPROXIMATE_WIDTH = 256, 128  # dimensions searched
 _SAMPLE = 2048
 _MOST_PAIRS = 5_000_000
@@ -199,13 +234,12 @@ def checked_near(near: float | str) -> float | str:
     """Returns what ``near`` may be.
 
     Raises:
-        UsageError: It is neither ``auto`` nor between 0 and 1, or faiss is not installed.
+        UsageError: It is neither ``auto`` nor between 0 and 1.
     """
     if near != AUTO and not (isinstance(near, int | float) and 0 < near < 1):
         raise UsageError(
             f"near={near!r} is no cosine distance; give a number between 0 and 1, such as 0.03, or {AUTO!r}"
         )
-    require_faiss()
     return near
 
 
@@ -229,15 +263,18 @@ def near_pairs(
             of different pictures do not (EfficientNet-Lite0's last features: photos at 0.05, emoji at 0.04, where 3 % have
             a look-alike so near, Fashion-MNIST at 0.035).
         seed: Of the sample behind ``auto``, the cells and the measured recall.
-        threads: The most that faiss uses; by default what OMP_NUM_THREADS or the CPUs allow.
+        threads: The most that the search uses; by default what OMP_NUM_THREADS or the CPUs allow.
         silent: Show no progress.
 
     Raises:
-        UsageError: There are more than 5 million pairs: the distance is too large.
+        UsageError: There are more than 5 million pairs: the distance is too large; or more than 50,000 images, and faiss is
+            not installed.
     """
     count = len(features)
     rng = np.random.default_rng(seed)
     exact = count <= EXACT
+    if not exact:
+        require_faiss()
     sample = _unit_rows(features, _drawn(count, _SAMPLE, rng))
     distance = _auto(sample) if isinstance(near, str) else float(near)
     if count < 2:
@@ -245,7 +282,7 @@ def near_pairs(
         return NearPairs(distance, none, none, np.empty(0, np.float32), 1.0, exact)
     _refuse_many(float((_all_apart(sample) <= distance).mean()) * count * (count - 1) / 2, distance, features)
     directions = Directions.fitted(sample, _WIDTH if exact else _APPROXIMATE_WIDTH)
-    with faiss_threads(threads), show(count, "compare", silent=silent) as progress:
+    with _threads(threads, count * directions.width, exact=exact), show(count, "compare", silent=silent) as progress:
         if exact:
             found, recall = _exact_candidates(features, directions, distance, progress), 1.0
         else:
@@ -298,11 +335,11 @@ def _exact_candidates(
     features: FeatureSet, directions: Directions, distance: float, progress: Progress
 ) -> Iterator[tuple[Positions, Positions]]:
     """Compares each block with all that came before it, and with itself."""
-    index = exact_index(directions.width)
+    every = EveryRow()
     step = int(np.clip(_RESULT_BYTES // (_RESULT_ENTRY * len(features)), 64, 1024))
     for start, block in _blocks(features, directions, step):
-        index.add(block)
-        yield _ordered(*within(index, block, _squared(distance)), start)
+        every.add(block)
+        yield _ordered(*every.within(block, _squared(distance)), start)
         progress.advance(len(block))
 
 

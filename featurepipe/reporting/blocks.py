@@ -202,18 +202,6 @@ def with_values(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def shortened(text: str, most: int) -> str:
-    """A text cut in the middle so that it has at most ``most`` characters: names differ at both ends.
-
-    Example:
-        >>> shortened("features.denseblock4.denselayer16", 16)
-        'features\u2026layer16'
-    """
-    if len(text) <= most:
-        return text
-    return f"{text[: most // 2]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - (most - most // 2 - 1) :]}"
-
-
 def metrics_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
     """The table of scores (``heads.statistics.metrics.score_table``) of the recommended column, or of the bundle."""
     part = document.get("details") if document.get("kind") in {"depth", "networks"} else document.get("evaluation")
@@ -268,9 +256,29 @@ class Table:
     unbroken: bool = False
 
     @property
+    def looks(self) -> str:
+        """Classes of its element: what a click does, and how it fits on paper.
+
+        A long table of few columns stands there in columns of its own, side by side; one of many has smaller letters.
+        """
+        few = len(self.header) <= _NARROW and len(self.rows) > _LONG
+        named = {
+            "sortable": self.sortable and len(self.rows) > 1,
+            "unbroken": self.unbroken,
+            "narrow": few,
+            "narrower": few and len(self.header) <= _NARROWER,
+            "many": len(self.header) > _MANY,
+        }
+        return " ".join(name for name, applies in named.items() if applies)
+
+    @property
     def numeric(self) -> tuple[bool, ...]:
         """Which columns hold numbers."""
         return tuple(any(row[k].order is not None for row in self.rows) for k in range(len(self.header)))
+
+
+_NARROW, _NARROWER, _MANY = 5, 3, 10  # columns
+_LONG = 12  # rows
 
 
 class ColourPair(NamedTuple):

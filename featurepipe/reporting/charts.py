@@ -22,7 +22,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from featurepipe.display import first_names
+from featurepipe.display import first_names, shortened
 from featurepipe.reporting.blocks import (
     INK,
     QUIET,
@@ -39,13 +39,13 @@ from featurepipe.reporting.blocks import (
     percent,
     plain,
     shade,
-    shortened,
 )
 
 Figure = Any
 """A ``bokeh.plotting.figure``, whose annotations do not know all that its properties accept."""
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+_LETTER, _FRAME = 7, 230  # pixels: of a character, and of a plot's width on a phone
 _TICK = 22  # characters of a label under an axis
 _SLANTED, _LEVEL = 16, 30  # labels that fit side by side on a phone, and one above the other
 TWO_LINES = 8
@@ -119,7 +119,7 @@ def name_places(
     axis.ticker = FixedTicker(ticks=list(labels))
     axis.major_label_overrides = {place: PlainText(text=text) for place, text in labels.items()}
     axis.major_tick_line_color = None
-    if slanted:
+    if slanted and (longest + 1) * _LETTER * len(labels) > _FRAME:
         axis.major_label_orientation = 0.9 if longest <= 14 else 1.25  # stays inside
 
 

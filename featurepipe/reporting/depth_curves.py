@@ -32,7 +32,8 @@ from featurepipe.reporting.charts import TWO_LINES, blank, draw_points, draw_ser
 Results = Sequence[Mapping[str, Any]]
 
 _NETWORKS = {"pretrained": "", "random": ", random weights"}
-_PANELS = {"source": "Same data", "shifted": "Shifted data"}
+_SOURCES = {"source": ("dataset", "the same source"), "shifted": ("test_dataset", "the other source")}
+"""Where the document has the name of what was tested on, and what that is called without."""
 _RING = Style(INK, "circle", None, filled=False)
 _APART = 0.07  # between the heads' points of one node, whose intervals would cover one another
 
@@ -43,21 +44,21 @@ def lines(measure: MeasureStyle) -> list[tuple[str, str]]:
 
 
 def depth_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
-    """One line for each head with 95 % intervals, dashed for random weights; shifted data have a panel of their own."""
+    """A line for each head with 95 % intervals, dashed for random weights; the other source has a panel of its own."""
     columns = [str(column["column"]) for column in document.get("columns") or []]
-    results = [row for row in document.get("results") or [] if row["column"] in columns and finite(row.get("value"))]
+    known = [row for row in document.get("results") or [] if finite(row.get("value")) is not None]
+    results = [row for row in known if row["column"] in columns]
     if not results:
         return None
     heads = list(dict.fromkeys(str(row["head"]) for row in results))
     networks = [network for network in _NETWORKS if any(row["network"] == network for row in results)]
     drawn: dict[tuple[str, str], list[str]] = {(head, net): [] for head in heads for net in networks}
     panels, y_range = [], DataRange1d(only_visible=True, range_padding=0.08)
-    for tested_on, title in _PANELS.items():
+    for tested_on in _SOURCES:
         rows = [row for row in results if row.get("tested_on", "source") == tested_on]
         if rows:
-            panels.append(
-                Panel(_panel_title(document, title), _depth_panel(paint, columns, rows, heads, drawn, y_range))
-            )
+            title = f"Tested on {_source(document, tested_on)}"
+            panels.append(Panel(title, _depth_panel(paint, columns, rows, heads, drawn, y_range)))
     keys = [
         Key(f"{head}{_NETWORKS[net]}", head_style(heads, head, net), tuple(ids))
         for (head, net), ids in drawn.items()
@@ -67,10 +68,10 @@ def depth_curves(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     ring = [] if best is None else [draw_ring(panels[0].plot, paint, best, _places(columns, heads, best["head"]))]
     return Exhibit(
         f"{measure_of(document).title} over depth",
-        _depth_summary(columns, results, heads),
+        _depth_summary(document, columns, results, heads),
         tuple(panels),
         (*keys, *ring_key(ring)),
-        _table(columns, results),
+        _table(document, columns, results),
         note="Nodes in the order in which the network computes them. Bars are 95\u00a0% intervals.",
     )
 
@@ -87,9 +88,10 @@ def head_style(heads: Sequence[str], head: str, network: str) -> Style:
     return style if network == "pretrained" else replace(style, dash="dashed", filled=False)
 
 
-def _panel_title(document: Mapping[str, Any], title: str) -> str:
-    name = document.get("dataset" if title == _PANELS["source"] else "test_dataset")
-    return f"{title}: {name}" if name else title
+def _source(document: Mapping[str, Any], tested_on: str) -> str:
+    """What heads were tested on, by its name where that is known."""
+    field, words = _SOURCES[tested_on]
+    return str(document.get(field) or words)
 
 
 def _depth_panel(
@@ -104,6 +106,7 @@ def _depth_panel(
     name_places(plot.xaxis[0], columns, slanted=True, two_lines=True)
     plot.x_range.range_padding = 0.16 if len(columns) <= TWO_LINES else 0.06  # room beside the first and last name
     measure = measure_of(rows[0])
+    label_axis(plot.xaxis[0], "node")
     label_axis(plot.yaxis[0], measure.word, shares=measure.is_share)
     plot.xgrid[0].visible = False
     markers = []
@@ -151,11 +154,21 @@ def _or(value: Any, other: float) -> float:
 
 def _chosen(params: Any) -> str:
     """The parameters that were chosen in some fold, each once."""
-    words = [
-        ", ".join(f"{name} {value}" for name, value in chosen.items()) if isinstance(chosen, Mapping) else str(chosen)
-        for chosen in params or []
-    ]
+    words = [parameters(chosen) if isinstance(chosen, Mapping) else str(chosen) for chosen in params or []]
     return " or ".join(filter(None, dict.fromkeys(words))) or "its defaults"
+
+
+def parameters(values: Mapping[str, Any]) -> str:
+    """Parameters of a head with their values, on one line.
+
+    Example:
+        >>> parameters({"C": 100.0, "best_epoch": 3, "kernel": "rbf"})
+        'C 100, best epoch 3, kernel rbf'
+    """
+    told = {
+        name.replace("_", " "): f"{value:g}" if isinstance(value, float) else value for name, value in values.items()
+    }
+    return ", ".join(f"{name} {value}" for name, value in told.items())
 
 
 def recommended(document: Mapping[str, Any], results: Results) -> Mapping[str, Any] | None:
@@ -175,7 +188,7 @@ def ring_key(rings: Sequence[Any]) -> list[Key]:
     return [Key("recommended", _RING, tuple(ring.id for ring in rings))] if rings else []
 
 
-def _depth_summary(columns: Sequence[str], results: Results, heads: Sequence[str]) -> str:
+def _depth_summary(document: Mapping[str, Any], columns: Sequence[str], results: Results, heads: Sequence[str]) -> str:
     """The course of each head's curve in words."""
     words, measure = [], measure_of(results[0])
     for head in heads:
@@ -189,17 +202,17 @@ def _depth_summary(columns: Sequence[str], results: Results, heads: Sequence[str
     for about, rows in (
         ("With random weights", [row for row in results if row["network"] == "random"]),
         (
-            "On shifted data",
+            f"On {_source(document, 'shifted')}",
             [row for row in results if row.get("tested_on") == "shifted" and row["network"] == "pretrained"],
         ),
     ):
         if rows:
             top_row = max(rows, key=lambda row: row["value"])
-            words.append(f"{about} at most {percent(top_row['value'])}, {top_row['head']} at {top_row['column']}.")
-    return " ".join(words)
+            words.append(f"{about} at most {measure.text(top_row['value'])}, {top_row['head']} at {top_row['column']}.")
+    return "\n".join(words)
 
 
-def _table(columns: Sequence[str], results: Results) -> Table:
+def _table(document: Mapping[str, Any], columns: Sequence[str], results: Results) -> Table:
     measure = measure_of(results[0])
     ordered = sorted(results, key=lambda row: columns.index(row["column"]))
     besides = [name for name in BESIDES if any(name in row for row in results)]
@@ -208,7 +221,7 @@ def _table(columns: Sequence[str], results: Results) -> Table:
             TableCell(str(row["column"]), columns.index(row["column"])),
             TableCell(str(row["head"])),
             TableCell(str(row["network"])),
-            TableCell(str(row.get("tested_on", "source"))),
+            TableCell(_source(document, row.get("tested_on", "source"))),
             measure.cell(row["value"], row.get("low"), row.get("high")),
             measure.cell(row.get("train_value")),
             *(TableCell(plain(row.get(name)), finite(row.get(name))) for name in besides),
@@ -311,7 +324,7 @@ def _cost_summary(results: Results, heads: Sequence[str], columns: Sequence[Mapp
     if not any(costs.values()):
         times = {str(node["column"]): milliseconds(node.get("ms_per_image")) for node in columns}
         tops = (max((row for row in results if row["head"] == head), key=lambda row: row["value"]) for head in heads)
-        return " ".join(
+        return "\n".join(
             f"{top['head']}: {measure_of(top).text(top['value'])} at most, at {times[top['column']]} ms per image."
             for top in tops
         )
@@ -325,7 +338,7 @@ def _cost_summary(results: Results, heads: Sequence[str], columns: Sequence[Mapp
                 f"{head}: {measure_of(cheap).text(cheap['value'])} with half of the operations or less ({cheap['column']}), "
                 f"{measure_of(top).text(top['value'])} at most ({top['column']})."
             )
-    return " ".join(words) or "The cheaper of two equally accurate nodes lies to the left."
+    return "\n".join(words) or "The cheaper of two equally accurate nodes lies to the left."
 
 
 def score_scatter(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:

@@ -87,7 +87,7 @@ def joined_table(document: Document) -> Table | None:
     found, measure = document.get("concatenations") or [], measure_of(document)
     rows = tuple(
         (
-            TableCell(" + ".join(map(str, row["columns"]))),
+            TableCell(" +\N{NO-BREAK SPACE}".join(map(str, row["columns"]))),
             measure.cell(row.get("value"), row.get("low"), row.get("high")),
             TableCell(
                 measure.difference(row.get("difference")),
@@ -339,7 +339,7 @@ def _asked(document: Document) -> str:
         _images_of(document),
         f"{count(len(document.get('columns') or []))} nodes of {backbone.get('name', 'the network')}"
         + (f" with weights {backbone['weights']}" if backbone.get("weights") else ""),
-        f"heads {heads}" if heads else "",
+        f"{'heads' if ',' in heads else 'head'} {heads}" if heads else "",
         f"tested also on {document['test_dataset']}" if document.get("test_dataset") else "",
         "the same network with random weights as control" if document.get("control") else "",
         f"{count(kept)} of the images are damaged and were kept" if kept else "",

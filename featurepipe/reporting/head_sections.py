@@ -364,7 +364,7 @@ def _labels(metrics: Document) -> Table:
         "With",
         "Without",
         "Unknown",
-        "Threshold",
+        "Threshold (score)",
     )
     left = len(metrics["unmeasured"])
     without = f"; {count(left)} lack test images of a side and are not measured" if left else ""
@@ -433,7 +433,11 @@ def feature_map(projection: Projection, images: Mapping[str, str], column: str, 
         chosen=True,
         filters=(shown.id, source.id),
         note="Point at a mark, or tap it, to see the image."
-        + (" In t-SNE neighbours mean something, distances between groups do not." if len(panels) > 1 else ""),
+        + (
+            " In t\N{NON-BREAKING HYPHEN}SNE neighbours mean something, distances between groups do not."
+            if len(panels) > 1
+            else ""
+        ),
     )
 
 

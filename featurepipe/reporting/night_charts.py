@@ -10,6 +10,7 @@ from typing import Any
 
 from bokeh.models import ColumnDataSource, DataRange1d, FixedTicker, PlainText, Range1d
 
+from featurepipe.display import counted
 from featurepipe.progress import spoken
 from featurepipe.reporting.blocks import (
     DASH,
@@ -33,8 +34,11 @@ from featurepipe.reporting.blocks import (
 from featurepipe.reporting.charts import blank, draw_bars, draw_line, draw_points, hover, label_axis
 from featurepipe.reporting.night_outcomes import Night, is_good
 
+STARTED = "Started (UTC)"
+"""The column of tables that says which run a row is of."""
 _HEIGHT = 150
 _STRIP_TICKS = 2
+_BESIDE = 0.4  # of the way to the next run: where a bar ends
 _TALL = 8  # times the usual height, beyond which a bar is cut off
 _MANY = 10  # nights, of which one may be cut off; with fewer there is no usual height
 _BARS = Style(SERIES[0], "square", None)
@@ -94,7 +98,7 @@ def strip_exhibit(
     crossed = (
         ""
         if all(map(is_good, nights))
-        else " A cross marks a night that failed, was killed or stopped, or ran out of time."
+        else " A cross marks a run that failed, was killed or stopped, or ran out of time."
     )
     return Exhibit(title, summary, tuple(panels), table=_table(title, nights, found), note=f"{note}{crossed}".strip())
 
@@ -183,11 +187,11 @@ def _point_at_tall(plot: Any, paint: Paint, figure: Figure, top: float) -> None:
     tall = [(k, value) for k, value in enumerate(figure.values) if value is not None and value > 1.2 * top]
     source = ColumnDataSource(
         {
-            "x": [k for k, _ in tall],
+            "x": [k - _BESIDE if k > len(figure.values) / 2 else k + _BESIDE for k, _ in tall],
             "y": [1.19 * top] * len(tall),
             "text": [f"\N{UPWARDS ARROW}\u00a0{figure.text(value)}" for _, value in tall],
             "align": ["right" if k > len(figure.values) / 2 else "left" for k, _ in tall],
-            "offset": [-6 if k > len(figure.values) / 2 else 6 for k, _ in tall],
+            "offset": [-3 if k > len(figure.values) / 2 else 3 for k, _ in tall],
         }
     )
     label = plot.text(
@@ -223,7 +227,7 @@ def _words(nights: Sequence[Night], figure: Figure) -> str:
     top, when = max(known, key=lambda one: one[0])
     last, middle = figure.text(known[-1][0]), figure.text(median_low(figure.known))
     most = f"at most {figure.text(top)} on {night_name(when)}"
-    return f"{last} in the last of {len(known)} nights, {middle} in the middle one, {most}"
+    return f"{last} in the last of {counted(len(known), 'run')}, median {middle}, {most}"
 
 
 def _table(title: str, nights: Sequence[Night], found: Sequence[Figure]) -> Table:
@@ -239,7 +243,7 @@ def _table(title: str, nights: Sequence[Night], found: Sequence[Figure]) -> Tabl
         )
         for place, night in reversed(list(enumerate(nights)))
     )
-    return Table(f"{title}, night by night", ("Night", *(figure.name for figure in found)), rows, unbroken=True)
+    return Table(f"{title}, run by run", (STARTED, *(figure.name for figure in found)), rows, unbroken=True)
 
 
 _LEAST = 1e-9  # a p-value of 0 has no place on a logarithmic axis
@@ -348,7 +352,7 @@ def _draw_limits(plot: Any, paint: Paint, limits: Mapping[str, float], nights: i
 def _limit_words(limits: Mapping[str, float]) -> str:
     if not limits:
         return ""
-    does = {"warn": "warns", "fail": "fails the night"}
+    does = {"warn": "warns", "fail": "fails the run"}
     return f" Dotted: {'; '.join(f'below {_p(value)} it {does.get(name, name)}' for name, value in limits.items())}."
 
 
@@ -395,7 +399,7 @@ def _drift_summary(nights: Sequence[Night], tests: Mapping[str, Sequence[tuple[i
         ((k, test["p"], name) for name, found in tests.items() for k, test in found), key=lambda one: one[1]
     )
     least_of_all = f"The least p-value was {_p(least)}, {name} on {night_name(nights[place])}."
-    return f"Of {len(nights)} nights: {', '.join(told)}. {least_of_all}"
+    return f"Of {counted(len(nights), 'run')}: {', '.join(told)}. {least_of_all}"
 
 
 def _drift_table(nights: Sequence[Night]) -> Table:
@@ -412,11 +416,11 @@ def _drift_table(nights: Sequence[Night]) -> Table:
         for test in (night.get("drift") or {}).get("tests") or ()
     )
     header = (
-        "Night",
+        STARTED,
         "Column",
         "Adjusted p-value",
         "Effect",
-        "Verdict of the night",
+        "Verdict",
         "Images farthest from those of before, or labels that moved",
     )
     return Table("Every test, newest first", header, rows)
@@ -448,5 +452,5 @@ def _class_table(bundle: str, shares: Mapping[str, Mapping[int, float]]) -> Tabl
         four = (values[-1], median(values), min(values), max(values))
         rows.append((TableCell(name), *(TableCell(percent(value), value) for value in four)))
     left = f"; the {_TABLED} most frequent of {len(shares)}" if len(shares) > _TABLED else ""
-    header = ("Class", "Last run", "Middle night", "Least", "Most")
+    header = ("Class", "Last run", "Median", "Least", "Most")
     return Table(f"Shares of the classes predicted by {bundle}{left}", header, tuple(rows))

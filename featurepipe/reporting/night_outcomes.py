@@ -9,7 +9,7 @@ from itertools import pairwise, takewhile
 from statistics import median
 from typing import Any
 
-from featurepipe.display import first_names
+from featurepipe.display import counted, first_names
 from featurepipe.records import KILLED, RUNNING
 
 Night = Mapping[str, Any]
@@ -151,9 +151,9 @@ def _after_delays(nights: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     late = len(list(takewhile(lambda night: night["status"] == "out of time", reversed(nights))))
     if late >= _LATE:
         verdict = f" The last one was {nights[-1]['verdict']}." if nights[-1].get("verdict") else ""
-        yield f"The time did not suffice for {late} nights in a row: allow more of it ([limits] time_budget).{verdict}"
+        yield f"The time did not suffice for {late} runs in a row: allow more of it ([limits] time_budget).{verdict}"
     elif late:
-        yield "The time did not suffice; the next run goes on. There is nothing to do unless that happens every night."
+        yield "The time did not suffice; the next run goes on. There is nothing to do unless that happens in every run."
 
 
 def _about_losses(night: Mapping[str, Any]) -> Iterator[str]:
@@ -161,7 +161,7 @@ def _about_losses(night: Mapping[str, Any]) -> Iterator[str]:
     if labels:
         yield (
             f"No image has the label{'' if len(labels) == 1 else 's'} {first_names(list(labels), 5)} any more, so that heads "
-            "forget it. If that is not on purpose, put the images back, and let a smaller [limits] max_gone refuse such nights."
+            "forget it. If that is not on purpose, put the images back, and let a smaller [limits] max_gone refuse such runs."
         )
 
 
@@ -169,7 +169,7 @@ def _about_rejects(night: Mapping[str, Any]) -> Iterator[str]:
     rejected = night["counts"].get("rejected") or 0
     if rejected:
         yield (
-            f"{rejected:,} {'image' if rejected == 1 else 'images'} could not be used; see Rejects. Each is tried again when "
+            f"{counted(rejected, 'image', 'was', 'were')} rejected; see Rejects. Each is tried again when "
             "its file changes, or with --retry-rejects."
         )
 

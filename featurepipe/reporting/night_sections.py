@@ -23,6 +23,7 @@ from featurepipe.reporting.blocks import (
     finite,
 )
 from featurepipe.reporting.night_charts import (
+    STARTED,
     Figure,
     class_trend,
     drift_trend,
@@ -53,21 +54,21 @@ def time_exhibits(nights: Sequence[Night], paint: Paint) -> Iterator[Block]:
     later = list(nights[-1].get("to_come") or ())
     less = f"less {' and '.join(later)}" if later else ""
     speed = [
-        Figure(f"whole night{', ' * bool(less)}{less}", [_whole(night, later) for night in nights], seconds),
+        Figure(f"whole run{', ' * bool(less)}{less}", [_whole(night, later) for night in nights], seconds),
         Figure("speed", [finite(night.get("images_per_second")) for night in nights], rate),
         Figure("store", [finite(night.get("store_bytes")) for night in nights], stored),
     ]
     known = [figure for figure in speed if any(figure.known)]
     if known:
-        yield strip_exhibit("Whole nights", "How long nights took, and how fast they computed.", nights, known, paint)
+        yield strip_exhibit("Whole runs", "How long runs took, and how fast they computed.", nights, known, paint)
     kinds = dict.fromkeys(kind for night in nights for kind in _step_seconds(night) if kind not in later)
     steps = figures(nights, "seconds.steps", {kind: kind for kind in kinds}, seconds)
     alike = (
-        f"{less.capitalize()} on all nights, as the last one had not come to that when it wrote this page."
+        f"{less.capitalize()} in all runs, as the last one had not come to that when it wrote this page."
         if less
         else ""
     )
-    yield from _parts("Time of each step", "Where the nights' time went.", nights, steps, paint, alike)
+    yield from _parts("Time of each step", "Where the runs' time went.", nights, steps, paint, alike)
     stages = figures(nights, "seconds.stages", _STAGES, seconds)
     words = "What extraction spent its time on: reading and decoding are summed over threads."
     yield from _parts("Stages of extraction", words, nights, stages, paint)
@@ -95,7 +96,7 @@ def _parts(
 
 Document = Mapping[str, Any]
 
-_OUTCOMES = {"computed": "computed", "rejected": "could not be used", "known": "known already", "listed": "listed"}
+_OUTCOMES = {"computed": "computed", "rejected": "rejected", "known": "known already", "listed": "listed"}
 _CHANGES = {
     "new": "new",
     "changed": "changed",
@@ -116,10 +117,9 @@ _ALL_WELL = "Nothing to do."
 def nights_title(document: Document) -> str:
     """What the page is about."""
     nights = document.get("nights") or []
-    one, some = ("night", "nights") if document.get("is_job", True) else ("run", "runs")
-    span = f"the last {one}" if len(nights) == 1 else f"the last {len(nights)} {some}"
+    span = "the last run" if len(nights) == 1 else f"the last {len(nights)} runs"
     name = document.get("name", "the job")
-    return f"What {name} did in {span}" if one == "night" else f"What became of {name} in {span}"
+    return f"What {name} did in {span}" if document.get("is_job", True) else f"What became of {name} in {span}"
 
 
 def night_sections(document: Document, paint: Paint) -> list[Section]:
@@ -130,7 +130,7 @@ def night_sections(document: Document, paint: Paint) -> list[Section]:
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
         ("answer", "Last run", _answer(document, nights)),
         ("steps", "Steps of the last run", (_steps(nights[-1]),)),
-        ("status", "Every night", (_status(nights),)),
+        ("status", "All runs", (_status(nights),)),
         ("images", "Images", _images(nights, paint)),
         ("rejects", "Rejects", _rejects(nights)),
         ("speed", "Time and space", time_exhibits(nights, paint)),
@@ -147,9 +147,9 @@ def _answer(document: Document, nights: Sequence[Night]) -> list[Block | None]:
     night = nights[-1]
     counts, changes = night.get("counts") or {}, night.get("changes") or {}
     wall = finite((night.get("seconds") or {}).get("wall"))
-    sentence = f"The night of {night_name(night)} UTC {ending(night, '' if wall is None else seconds(wall))}."
+    sentence = f"The run of {night_name(night)} UTC {ending(night, '' if wall is None else seconds(wall))}."
     well = sum(map(is_good, nights))
-    before = f"{well} of the last {len(nights)} nights did all that they were to do." if len(nights) > 1 else ""
+    before = f"{well} of the last {len(nights)} runs did all that they were to do." if len(nights) > 1 else ""
     drift = night.get("drift") or {}
     items = (
         (
@@ -162,7 +162,7 @@ def _answer(document: Document, nights: Sequence[Night]) -> list[Block | None]:
             count(counts.get("computed")),
             rate(night.get("images_per_second")) if counts.get("computed") else "",
         ),
-        ("Could not be used", count(counts.get("rejected")), ""),
+        ("Rejected", count(counts.get("rejected")), ""),
         ("Last success", *_day(document.get("last_success"))),
         *((("Drift", str(drift["verdict"]), ""),) if drift else ()),
         *((("Store", amount(night["store_bytes"]), ""),) if finite(night.get("store_bytes")) else ()),
@@ -215,7 +215,7 @@ def _status(nights: Sequence[Night]) -> Table:
         )
         for place, night in reversed(list(enumerate(nights)))
     )
-    header = ("Night (UTC)", "How it ended", "Computed", "Rejected", "Listed", "Time", "Run")
+    header = (STARTED, "How it ended", "Computed", "Rejected", "Listed", "Time", "Run")
     return Table("Newest first", header, rows, unbroken=True)
 
 
@@ -228,11 +228,11 @@ def _images(nights: Sequence[Night], paint: Paint) -> Iterator[Block]:
     outcomes = figures(nights, "counts", _OUTCOMES)
     changes = figures(nights, "changes", _CHANGES)
     if outcomes:
-        words = "How many images each night computed, refused, knew and listed; a bar is a night, each strip has its own scale."
+        words = "How many images each run computed, rejected, knew already and listed. A bar is a run; scales differ."
         yield strip_exhibit("Outcomes", words, nights, outcomes, paint)
     if changes:
         never = [name for name in _CHANGES.values() if name not in {figure.name for figure in changes}]
-        none = f"On no night: {', '.join(never)}." if never else ""
+        none = f"In no run: {', '.join(never)}." if never else ""
         words = "What happened to images since the snapshot before, each image counted once."
         yield strip_exhibit("Changes", words, nights, changes, paint, note=none)
 
@@ -245,12 +245,12 @@ def _rejects(nights: Sequence[Night]) -> Iterator[Block]:
         found = [(night.get("reject_reasons") or {}).get(kind, 0) for night in nights]
         rows.append((TableCell(str(kind)), *(TableCell(count(n), float(n)) for n in (found[-1], max(found)))))
     if rows:
-        yield Table("Kinds of reasons", ("Reason", "Last run", "Most in a night"), tuple(rows))
+        yield Table("Kinds of reasons", ("Reason", "Last run", "Most in a run"), tuple(rows))
     named = tuple((TableCell(str(one["id"])), TableCell(str(one["reason"]))) for one in last.get("rejects") or ())
     total = (last.get("counts") or {}).get("rejected")
     if named:
         yield Table(
-            f"Images of the last run that could not be used, {len(named)} of {count(total)}",
+            f"Images of the last run that were rejected, {len(named)} of {count(total)}",
             ("Image", "Reason"),
             named,
         )
@@ -270,8 +270,8 @@ def _earlier_rejects(nights: Sequence[Night]) -> Iterator[Table]:
             for id_, reason in fresh[:_REJECTS_NAMED]
         ]
     if rows:
-        caption = f"Others of the nights before, the first {_REJECTS_NAMED} of each"
-        yield Table(caption, ("Last named in the night (UTC)", "Image", "Reason"), tuple(rows), sortable=False)
+        caption = f"Others of earlier runs, the first {_REJECTS_NAMED} of each"
+        yield Table(caption, ("Last run that names it (UTC)", "Image", "Reason"), tuple(rows), sortable=False)
 
 
 def _bundles(nights: Sequence[Night]) -> list[str]:
@@ -292,7 +292,7 @@ def _software(nights: Sequence[Night]) -> Table | None:
         for what in sorted({*old, *new})
         if old.get(what) != new.get(what)
     ]
-    header = ("Night (UTC)", "What", "Before", "From then on")
+    header = (STARTED, "What", "Before", "From then on")
     return Table("Software, machine and job file", header, tuple(rows), sortable=False) if rows else None
 
 

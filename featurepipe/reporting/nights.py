@@ -104,7 +104,7 @@ def nights_document(
         "nights": nights,
         "last_success": successes[-1].get("ended") if successes else None,
         "drift_warnings": warnings,
-        "next_steps": [*next_steps(nights, newest, made), *(f"{told(one, store.path)}." for one in warnings)],
+        "next_steps": [*next_steps(nights, newest, made), *(_sentence(told(one, store.path)) for one in warnings)],
         "provenance": {
             "when": made,
             "software": versions(),
@@ -115,6 +115,10 @@ def nights_document(
             "versions": newest.get("versions"),
         },
     }
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _with(current: Record, records: Sequence[Record]) -> list[Record]:

@@ -14,18 +14,21 @@
     document.documentElement.dataset.plots = is_dark ? "dark" : "light";
   }
 
-  // A few names below a plot stand level where they fit side by side, and slanted elsewhere.
+  // A few names below a plot stand level, in two lines each, where they fit side by side; elsewhere slanted, in one.
   const pen = document.createElement("canvas").getContext("2d");
   const slants = new Map();
   function level(plot) {
     const axis = plots.get_model_by_id(plot.closest(".panel").id.slice("panel-".length)).below[0];
     if (!axis?.tags.includes("level where it fits") || plot.clientWidth === 0) return;
-    if (!slants.has(axis)) slants.set(axis, axis.major_label_orientation);
+    const labels = Array.from(axis.major_label_overrides.values());
+    if (!slants.has(axis)) slants.set(axis, { slant: axis.major_label_orientation, names: labels.map((label) => label.text) });
+    const { slant, names } = slants.get(axis);
     pen.font = `${axis.major_label_text_font_size} ${axis.major_label_text_font}`;
-    const names = Array.from(axis.major_label_overrides.values(), (name) => name.text);
     const widest = Math.max(...names.flatMap((name) => name.split("\n")).map((line) => pen.measureText(line).width));
     const frame = plot.clientWidth - 60;
-    axis.major_label_orientation = widest + 10 <= Math.min(frame / names.length, 0.13 * frame) ? 0 : slants.get(axis);
+    const fits = widest + 10 <= Math.min(frame / names.length, 0.13 * frame);
+    labels.forEach((label, k) => { label.text = fits ? names[k] : names[k].replaceAll(":\n", ":").replaceAll("\n", " "); });
+    axis.major_label_orientation = fits ? 0 : slant;
   }
 
   function await_plots() {
@@ -120,49 +123,65 @@
   const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
   const KEY = 22; // pixels that a line of a legend is high
 
-  function svg_of(plot, { legend }) {
+  function drawing_of(plot) {
     const view = Bokeh.index.get_by_id(plot.closest(".panel").id.slice("panel-".length));
     for (const renderer of view.renderer_views.values()) renderer.set_visuals?.(); // else marks keep their colours until later
     const drawn = new DOMParser().parseFromString(view.export("svg").ctx.get_serialized_svg(true), "image/svg+xml");
-    const inner = document.importNode(drawn.documentElement, true);
-    const { width, height } = view.bbox;
-    const keys = legend ? legend_of(plot, width) : { group: document.createElementNS(SVG, "g"), height: 0 };
-    const outer = document.createElementNS(SVG, "svg");
-    for (const [name, value] of Object.entries({
-      xmlns: SVG, width, height: height + keys.height, viewBox: `0 0 ${width} ${height + keys.height}`, role: "img",
-    })) outer.setAttribute(name, value);
+    return { drawing: document.importNode(drawn.documentElement, true), width: view.bbox.width, height: view.bbox.height };
+  }
+
+  function made(name, attributes, ...children) {
+    const element = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    element.append(...children);
+    return element;
+  }
+
+  function svg_of(plot) {
+    const { drawing, width, height } = drawing_of(plot);
+    return made("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}`, role: "img" }, drawing);
+  }
+
+  // All plots of a figure that are shown, where they stand on the page, under their titles, with the legend below.
+  function figure_of(panels) {
+    const around = panels.getBoundingClientRect();
+    const [parts, ends] = [[], []];
+    for (const plot of panels.querySelectorAll(".panel:not(.tucked) .plot")) {
+      const { drawing, width, height } = drawing_of(plot);
+      const box = plot.getBoundingClientRect();
+      const [x, y] = [Math.round(box.left - around.left), Math.round(box.top - around.top)];
+      const title = plot.parentElement.querySelector(".panel-title");
+      if (title?.offsetHeight) {
+        parts.push(made("text", { x: x + 4, y: y - 6, fill: "#1d2329", "font-size": 13, "font-weight": 600, "font-family": FONT }, title.textContent));
+      }
+      parts.push(made("g", { transform: `translate(${x} ${y})` }, drawing));
+      ends.push([x + width, y + height]);
+    }
+    const [width, height] = [0, 1].map((k) => Math.max(...ends.map((end) => end[k])));
+    const keys = legend_of(panels, width);
     keys.group.setAttribute("transform", `translate(8 ${height + 4})`);
-    outer.append(inner, keys.group);
-    return outer;
+    const whole = height + keys.height;
+    return made("svg", { xmlns: SVG, width, height: whole, viewBox: `0 0 ${width} ${whole}`, role: "img" }, ...parts, keys.group);
   }
 
   // The entries of a legend that are switched on, side by side as far as they fit.
-  function legend_of(plot, width) {
-    const group = document.createElementNS(SVG, "g");
+  function legend_of(panels, width) {
+    const group = made("g", {});
     let [x, y] = [0, 0];
-    for (const key of plot.closest(".exhibit").querySelectorAll('.keys button[aria-pressed="true"]')) {
+    for (const key of panels.closest(".exhibit").querySelectorAll('.keys button[aria-pressed="true"]')) {
       const label = key.querySelector("span").textContent;
       const wide = 46 + 7.2 * label.length;
       if (x > 0 && x + wide > width - 16) [x, y] = [0, y + KEY];
       const swatch = key.querySelector(".swatch");
       const colour = swatch.style.getPropertyValue("--light");
-      const entry = document.createElementNS(SVG, "g");
-      entry.setAttribute("transform", `translate(${x} ${y})`);
+      const entry = made("g", { transform: `translate(${x} ${y})` });
       for (const path of swatch.querySelectorAll("path")) {
-        const copy = document.createElementNS(SVG, "path");
-        copy.setAttribute("d", path.getAttribute("d") ?? "");
-        copy.setAttribute("stroke-dasharray", path.getAttribute("stroke-dasharray") ?? "none");
-        copy.setAttribute("stroke", colour);
-        copy.setAttribute("stroke-width", "2");
-        copy.setAttribute("fill", path.classList.contains("filled") ? colour : "#ffffff");
-        entry.append(copy);
+        entry.append(made("path", {
+          d: path.getAttribute("d") ?? "", "stroke-dasharray": path.getAttribute("stroke-dasharray") ?? "none", stroke: colour,
+          "stroke-width": 2, fill: path.classList.contains("filled") ? colour : "#ffffff",
+        }));
       }
-      const words = document.createElementNS(SVG, "text");
-      for (const [name, value] of Object.entries({ x: 34, y: 12, fill: "#1d2329", "font-size": 12, "font-family": FONT })) {
-        words.setAttribute(name, value);
-      }
-      words.textContent = label;
-      entry.append(words);
+      entry.append(made("text", { x: 34, y: 12, fill: "#1d2329", "font-size": 12, "font-family": FONT }, label));
       group.append(entry);
       x += wide;
     }
@@ -189,11 +208,11 @@
 
   const file_name = (text) => text.normalize("NFKD").replace(/[^\w.-]+/g, "-").replace(/^[-.]+|[-.]+$/g, "").slice(0, 80) || "figure";
 
-  function save_figure(plot, kind) {
-    const title = plot.closest(".exhibit").dataset.title;
-    const panel = plot.closest(".panel").querySelector(".panel-title")?.textContent;
-    const name = file_name(panel ? `${title} ${panel}` : title);
-    const svg = in_light(() => svg_of(plot, { legend: true }));
+  function save_figure(panels, kind) {
+    const exhibit = panels.closest(".exhibit");
+    const panel = exhibit.querySelector(".chosen .panel:not(.tucked) .panel-title")?.textContent;
+    const name = file_name(panel ? `${exhibit.dataset.title} ${panel}` : exhibit.dataset.title);
+    const svg = in_light(() => figure_of(panels));
     const text = new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" });
     if (kind === "svg") {
       save(`${name}.svg`, text);
@@ -285,9 +304,8 @@
     offer(table, "this table", [["csv", "CSV"], ["tex", "LaTeX"]], (kind) => save_table(table, kind));
   }
   for (const panels of document.querySelectorAll(".panels")) {
-    const shown = () => panels.querySelectorAll(".panel:not(.tucked) .plot");
     offer(panels.lastElementChild, "this figure", [["svg", "SVG"], ["png", "PNG"]], (kind) => {
-      if (plots !== null) for (const plot of shown()) save_figure(plot, kind);
+      if (plots !== null) save_figure(panels, kind);
     });
   }
 
@@ -299,7 +317,7 @@
         for (const plot of document.querySelectorAll(".plot")) {
           const paper = document.createElement("div");
           paper.className = "paper";
-          paper.append(svg_of(plot, { legend: false }));
+          paper.append(svg_of(plot));
           plot.after(paper);
         }
       });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -13,7 +14,7 @@ import bokeh.document
 from bokeh.embed import components
 from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from featurepipe.display import displayed, displayed_values
 from featurepipe.reporting.blocks import (
@@ -49,6 +50,8 @@ Document = Mapping[str, Any]
 Images = Mapping[str, str]
 
 _PACKAGE = "featurepipe.reporting"
+_LINE = 90  # characters of a record's part that is written on one line
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*\b")
 
 
 def compose(
@@ -213,9 +216,16 @@ def _bundle_facts(document: Document) -> dict[str, Any]:
     evaluation = document.get("evaluation") or {}
     return {
         "Provenance": document.get("provenance"),
-        "Bundle": document.get("bundle"),
+        "Bundle": _settings_of(document.get("bundle") or {}),
         "Evaluation": {name: value for name, value in evaluation.items() if name != "metrics"},
     }
+
+
+def _settings_of(bundle: Document) -> dict[str, Any]:
+    """A bundle's record but for what its training measured on test images: the page has what is measured now."""
+    metrics = bundle.get("metrics")
+    kept = {"metrics": {name: value for name, value in metrics.items() if name != "test"}} if metrics else {}
+    return {**bundle, **kept}
 
 
 def _footer(document: Document) -> str:
@@ -249,9 +259,32 @@ def is_record(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value)
 
 
+def on_a_line(value: Any) -> str:
+    """A mapping of a few plain values in words; empty if it is none, or too long for a line.
+
+    Example:
+        >>> on_a_line({"value": 0.8475, "low": None}), on_a_line({"a": {}}), on_a_line({"a": "x" * 100})
+        ('value 0.8475, low –', '', '')
+    """
+    if not is_record(value) or any(isinstance(one, Mapping | list | tuple) for one in value.values()):
+        return ""
+    line = ", ".join(f"{name} {spoken_value(one)}" for name, one in value.items())
+    return line if len(line) <= _LINE else ""
+
+
 def is_records(value: Any) -> bool:
     """Whether a value is a list of mappings."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Mapping) for one in value)
+
+
+def with_options(text: str) -> Markup:
+    """A text in which no line ends inside an option such as ``--accept``.
+
+    Example:
+        >>> print(with_options("or with --retry-rejects <b>"))
+        or with <span class="option">--retry-rejects</span> &lt;b&gt;
+    """
+    return Markup(_OPTION.sub(r'<span class="option">\g<0></span>', str(escape(text))))  # noqa: S704  escaped just there
 
 
 def spoken_value(value: Any) -> str:
@@ -271,6 +304,8 @@ FUNCTIONS = {
     "is_record": is_record,
     "is_records": is_records,
     "marker_path": marker_path,
+    "on_a_line": on_a_line,
     "spoken": spoken_value,
+    "with_options": with_options,
     "as_json": json.dumps,
 }

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featurepipe.display import counted, displayed, first_names
+from featurepipe.display import counted, displayed, first_names, shortened
 from featurepipe.errors import FeaturepipeError, UsageError, unknown
-from featurepipe.reporting.blocks import MEASURES, SERIES, finite, measure_of, shortened
+from featurepipe.reporting.blocks import MEASURES, SERIES, finite, measure_of
 from featurepipe.reporting.charts import most_wrong
 from featurepipe.reporting.images import Projection, ReadImage, mapped, project, shown_names, upright
 from featurepipe.results import metrics_of, optional
@@ -51,7 +51,7 @@ def plot_features(features: FeatureSet, *, method: str = "PCA", ax: Axes | None 
         raise UsageError("there are no features to draw")
     some = mapped(features)
     found = project(list(some.ids), some.read(np.float32), shown_names(some), total=len(features))
-    return plot_map(found, _axes(ax), method=method, title=features.column)
+    return plot_map(found, _axes(ax), method=method, title=features.named_column)
 
 
 def plot_curve(result: Document, ax: Axes) -> Axes:

@@ -36,6 +36,7 @@ from featurepipe.reporting.blocks import (
     series,
 )
 from featurepipe.reporting.charts import blank, draw_line, draw_points, draw_series, hover, label_axis, name_places
+from featurepipe.reporting.depth_curves import parameters
 
 Document = Mapping[str, Any]
 
@@ -284,7 +285,7 @@ def _course(document: Document, names: Sequence[str]) -> str:
             ends = [own[0], own[-1]] if len(own) > 1 else own
             told = " to ".join(f"{measure.text(row['value'])} with {row['per_class']:,.0f}" for row in ends)
             words.append(f"{name}: {told}.")
-    return " ".join(words)
+    return "\n".join(words)
 
 
 def _tables(document: Document) -> list[Block]:
@@ -349,7 +350,7 @@ def _all_results(document: Document) -> Table:
 
 
 def _chosen(params: Any) -> str:
-    told = [", ".join(f"{name} {value}" for name, value in one.items() if name != "ended") for one in params or []]
+    told = [parameters({name: value for name, value in one.items() if name != "ended"}) for one in params or []]
     return " or ".join(filter(None, dict.fromkeys(told))) or DASH
 
 

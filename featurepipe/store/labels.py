@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -165,11 +166,46 @@ def places_of(ids: pa.ChunkedArray, table: LabelTable | ColumnTable) -> pa.Chunk
     if len(ids) and place.null_count == len(ids):
         if not len(table.ids):
             raise UsageError(f"{table.name} holds no labels; it needs the id of each labelled image, and its label")
+        way = _way_to_match(_distinct(ids), _distinct(table.ids)) or "write them as the dataset has them"
         raise UsageError(
-            f"none of the {len(table.ids)} ids in {table.name} is an id of these features: there {table.ids[0].as_py()!r}, "
-            f"here {ids[0].as_py()!r}; write them as the dataset has them"
+            f"none of the {len(table.ids):,} ids in {table.name} is an id of these features: there {table.ids[0].as_py()!r}, "
+            f"here {ids[0].as_py()!r}; {way}"
         )
     return place
+
+
+_EXPLAINED = 0.9
+"""The share of ids that must match if an advice is taken."""
+
+
+def _distinct(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
+    found = pc.unique(ids)
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
+def _way_to_match(here: pa.Array, there: pa.Array) -> str:
+    """How the ids of a file become those of features, if only folders in front of all or suffixes differ; else empty."""
+    least = _EXPLAINED * min(len(here), len(there))
+    sides = ((there, here, "leave out", "leave out the suffixes"), (here, there, "write", "write the suffixes as well"))
+    for longer, shorter, what, of_suffixes in sides:
+        for folders in _common_folders(longer):
+            if _among(pc.utf8_slice_codeunits(longer, len(folders)), shorter) >= least:
+                return f"{what} {folders!r} in front of them"
+        if _among(pc.replace_substring_regex(longer, r"\.[^./]+$", ""), shorter) >= least:
+            return of_suffixes
+    return ""
+
+
+def _common_folders(ids: pa.Array) -> list[str]:
+    """What all ids begin with, up to the end of each folder: the first, the first two and so on."""
+    ends = pc.min_max(ids).as_py()
+    first, last = (ends[end].split("/")[:-1] for end in ("min", "max"))
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return list(accumulate(f"{folder}/" for folder, _ in shared))
+
+
+def _among(ids: pa.Array, others: pa.Array) -> int:
+    return pc.sum(pc.is_in(ids, value_set=others)).as_py() or 0
 
 
 def _of_file(path: Path) -> ColumnTable:

@@ -232,8 +232,7 @@ def with_roles(
     if roles.multilabel:
         names, matrix, where = _several(columns, roles.multilabel)
         features = features.with_column("target", matrix, names=names)
-        shown = first_names([repr(name) if "," in name else name for name in names])
-        say(f"several labels: {shown}, of {where}{_unknown_text(columns, roles.multilabel, matrix)}")
+        say(f"several labels: {where}{_unknown_text(columns, roles.multilabel, matrix)}")
     features = _with_group(columns, features, roles.group, say)
     if roles.weight:
         found = columns.get("weight", roles.weight)
@@ -509,17 +508,30 @@ def _weights(column: _Column, features: LabelledImages) -> pa.Array:
 
 
 def _several(columns: _Columns, names: Sequence[str]) -> tuple[list[str], npt.NDArray[np.float32], str]:
-    """Names of labels, (n, K) with 1 for yes, 0 for no and NaN for unknown, and where they are from."""
+    """Names of labels, (n, K) with 1 for yes, 0 for no and NaN for unknown, and both as text with their place."""
     found = [columns.get("multilabel", name) for name in names]
     if (twice := duplicate([column.name for column in found], [column.name for column in found])) is not None:
         raise UsageError(
             Message(Option("multilabel", ",".join(names)), f": column {twice} is named twice; name each once")
         )
-    where = first_names(list(dict.fromkeys(f"column {column.name} of {column.where}" for column in found)))
     if len(found) == 1 and not _is_yes_or_no(found[0].texts):
-        return (*_listed(found[0], columns.features), where)
+        labels, matrix = _listed(found[0], columns.features)
+        return labels, matrix, f"{_named(labels)}, of {_columns_text(found)}"
     matrix = np.stack([_yes_or_no(column, columns.features) for column in found], axis=1)
-    return [column.name for column in found], matrix, where
+    return [column.name for column in found], matrix, _columns_text(found)
+
+
+def _columns_text(found: Sequence[_Column]) -> str:
+    """Columns, with each place that they are of named once: ``columns a, b of l.csv and column c of dataset d``."""
+    places = list(dict.fromkeys(column.where for column in found))
+    names = [[column.name for column in found if column.where == where] for where in places]
+    return " and ".join(
+        f"column{'s' * (len(some) > 1)} {_named(some)} of {where}" for some, where in zip(names, places, strict=True)
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    return first_names([repr(name) if "," in name else name for name in names])
 
 
 def _is_yes_or_no(texts: pa.Array) -> bool:

@@ -144,7 +144,7 @@ class FeatureSet(LabelledImages):
 
     @property
     def named_column(self) -> str:
-        """The same for people: ``flatten:gap (bottleneck)``."""
+        """The same for people: ``bottleneck (flatten:gap)``."""
         return named_columns(self.columns, self.origin.bottleneck)
 
     @property

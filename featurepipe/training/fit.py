@@ -34,6 +34,7 @@ from featurepipe.heads.statistics.screening import choose_threshold
 from featurepipe.progress import took
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.options import TrainOptions
+from featurepipe.training.splits import FEWEST_FOLDS, count_units
 from featurepipe.training.task import Recipe, Task, weighted
 
 if TYPE_CHECKING:
@@ -158,12 +159,17 @@ def interval_of(
     """
     rows = task.division.validation
     groups = task.features.take(rows).groups
-    units = len(rows) if groups is None else len(np.unique(units_of(groups, len(rows))))
+    units = count_units(task.features, rows)
     what = "validation images" if groups is None else "groups of validation images"
-    if units < least_units(INTERVAL_LEVEL):
+    least = least_units(INTERVAL_LEVEL)
+    if units < least:
+        more = "more images" if groups is None else "images of more groups"
+        if task.division.is_carved:
+            more += f", {FEWEST_FOLDS * least} or more to train on"
+        at_least = f"{least} {'images' if groups is None else 'groups'} or more"
         say(
-            f"{units} {what} are too few for prediction intervals, which need {least_units(INTERVAL_LEVEL)}: there are none; "
-            "give more images, or more of them in a split val"
+            f"{units} {what} are too few for prediction intervals, which need {least}: there are none; give {more}, or a split "
+            f"val with {at_least}"
         )
         return None
     half_width = conformal_half_width(predict(), task.answers(rows), level=INTERVAL_LEVEL, groups=groups)

@@ -19,12 +19,13 @@ from featurepipe.display import bytes_of, counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import refuse_weights
 from featurepipe.heads.selection import kept_count
+from featurepipe.heads.statistics.regression import least_units
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
-from featurepipe.training.fit import fit
+from featurepipe.training.fit import INTERVAL_LEVEL, fit
 from featurepipe.training.options import SELECT_AUTO, SHARES, TrainOptions
 from featurepipe.training.splits import Division, class_counts, divide, quantile_bins, rarest_labels
 from featurepipe.training.task import Recipe, Task
@@ -98,6 +99,7 @@ def settle_rows(
         split=options.split,
         seed=recipe.seed,
         validate=options.needs_validation or options.tune or options.select == SELECT_AUTO,
+        least=0 if options.target is None else least_units(INTERVAL_LEVEL),
     )
     classes: tuple[str, ...] = ()
     if targets is None:

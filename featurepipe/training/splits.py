@@ -14,6 +14,7 @@ from featurepipe.annotations import split_asked
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.sampling import fold_numbers, group_fold_numbers, larger_classes_first
+from featurepipe.heads.statistics.intervals import units_of
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
@@ -25,6 +26,8 @@ TEST_FOLDS = 5
 """One in so many images is held out for the test where the dataset has no splits."""
 VALIDATION_FOLDS = 10
 """At least one in so many training images chooses and calibrates where there is no ``val`` split."""
+FEWEST_FOLDS = 3
+"""At most one in so many training images is set aside, where prediction intervals need as many."""
 MOST_VALIDATION = 10_000
 """Images that validation takes at most from the training images: more would not sharpen one number."""
 
@@ -63,13 +66,19 @@ class Division:
 
 
 def divide(
-    features: FeatureSet, codes: npt.NDArray[np.int64], *, split: str | None, seed: int, validate: bool
+    features: FeatureSet,
+    codes: npt.NDArray[np.int64],
+    *,
+    split: str | None,
+    seed: int,
+    validate: bool,
+    least: int = 0,
 ) -> Division:
     """Divides the labelled rows of a dataset.
 
     The dataset's own splits are taken as they are: ``train`` to fit, ``val`` to choose and calibrate, ``test`` kept away.
     Without splits a fifth of the images is held out, and without ``val`` a tenth of the training images (10,000 at most) is
-    set aside; both by class, and by key, so that copies of one image stay together.
+    set aside, more of few if ``least`` asks for it; both by class, and by key, so that copies of one image stay together.
 
     Args:
         features: n rows.
@@ -77,6 +86,7 @@ def divide(
         split: the split to train on; None for ``train``, or for what is not held out where there are no splits.
         seed: of the draw.
         validate: whether validation rows are needed.
+        least: validation images, or groups of them, to set aside at least, if a third of the training images has as many.
 
     Raises:
         UsageError: the split does not exist or has no labelled row.
@@ -94,10 +104,27 @@ def divide(
         text = f"no splits in the dataset: every {TEST_FOLDS}th {what} held out for the test (seed {seed})"
     if len(own) or not validate:
         return _told(features, Division(train, own, test, is_carved=False, text=text))
-    folds = max(VALIDATION_FOLDS, -(-len(train) // MOST_VALIDATION))
-    train, carved = hold_out(features, codes, train, folds=folds, seed=seed + 1)
+    train, carved = _set_aside(features, codes, train, least=least, seed=seed + 1)
     text += f"; {len(carved):,} training images set aside to calibrate"
     return _told(features, Division(train, carved, test, is_carved=True, text=text))
+
+
+def _set_aside(
+    features: FeatureSet, codes: npt.NDArray[np.int64], rows: Positions, *, least: int, seed: int
+) -> tuple[Positions, Positions]:
+    """Splits ``rows`` into those to train on and a tenth to validate; of few more, until ``least`` of them validate."""
+    usual = max(VALIDATION_FOLDS, -(-len(rows) // MOST_VALIDATION))
+    for folds in range(usual, FEWEST_FOLDS - 1, -1):
+        train, carved = hold_out(features, codes, rows, folds=folds, seed=seed)
+        if count_units(features, carved) >= least:
+            return train, carved
+    return hold_out(features, codes, rows, folds=usual, seed=seed)
+
+
+def count_units(features: FeatureSet, rows: Positions) -> int:
+    """How many images some rows are; if images have groups, how many groups, each image without one being one."""
+    groups = features.take(rows).groups
+    return len(rows) if groups is None else len(np.unique(units_of(groups, len(rows))))
 
 
 def _told(features: FeatureSet, division: Division) -> Division:

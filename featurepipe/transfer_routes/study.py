@@ -16,7 +16,7 @@ from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.loading import ALL as EVERY
 from featurepipe.backbones.tail import Tail, cuts
 from featurepipe.display import counted
-from featurepipe.errors import Message, Option, UsageError
+from featurepipe.errors import Message, Option, UsageError, pip_install
 from featurepipe.extraction.extract import network_for
 from featurepipe.features.reading import opened
 from featurepipe.layer_depth.folds import LEFT_OUT, Codes, Fold, Positions, settle_elsewhere, with_choices
@@ -205,7 +205,7 @@ def _plan_images(plan: RoutesPlan, options: RoutesOptions, store: FeatureStore |
         wanted.remove(FULL)
     why = ""
     if find_spec("lightning_fabric") is None:
-        why = "learning from images needs Lightning Fabric; run: pip install 'featurepipe[tune]'"
+        why = f"learning from images needs Lightning Fabric; run: {pip_install('tune')}"
     elif store is not None and wanted:
         try:
             source, _ = recorded_source(store, plan.wanted.dataset or store.only_dataset())

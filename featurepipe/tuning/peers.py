@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featurepipe.errors import Interrupted, Message, Option, UsageError
+from featurepipe.errors import Interrupted, Message, Option, UsageError, pip_install
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -72,7 +72,7 @@ def fabric_on(device: str, precision: str, *, together: bool = False) -> Fabric:
         from lightning_fabric import Fabric
         from lightning_fabric.strategies.ddp import DDPStrategy
     except ImportError as error:
-        raise UsageError("tuning from images needs Lightning Fabric; run: pip install 'featurepipe[tune]'") from error
+        raise UsageError(f"tuning from images needs Lightning Fabric; run: {pip_install('tune')}") from error
     kind, _, number = device.partition(":")
     _, world = processes()
     if world == 1:

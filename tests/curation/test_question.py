@@ -14,7 +14,7 @@ from featurepipe.monitoring.duplicates import duplicates
 from featurepipe.monitoring.text import duplicates_text
 from featurepipe.training.text import cost_text
 
-NAMED = "f6.1:gap (bottleneck)"
+NAMED = "bottleneck (f6.1:gap)"
 
 
 @pytest.mark.parametrize(

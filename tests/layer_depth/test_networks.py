@@ -88,15 +88,15 @@ def test_text_and_page_name_each_network_and_what_is_the_bottleneck(tmp_path: Pa
     found = compared(list(FOUND), FOUND.__getitem__)
     page = write_report(found, tmp_path / "page.html", silent=True).read_text(encoding="utf-8")
     assert "Which layer of slow, fast or poor transfers best to d?" in page
-    assert "Take end:gap (bottleneck) of fast with a logistic head: 86.3\u00a0% accuracy." in page
-    assert "The most accurate layer, end:gap (bottleneck) of slow, reaches 86.7\u00a0%." in page
+    assert "Take bottleneck (end:gap) of fast with a logistic head: 86.3\u00a0% accuracy." in page
+    assert "The most accurate layer, bottleneck (end:gap) of slow, reaches 86.7\u00a0%." in page
     assert "slow: 86.7\u00a0% at most, at 9.00 ms per image. fast: 86.3\u00a0% at most, at 2.00 ms per image." in page
     assert '<strong class="long">a_<wbr>long_<wbr>network</strong>' in networks_page("a_long_network", tmp_path)
     assert '<strong class="long">a&lt;b&gt;_<wbr>long_<wbr>network</strong>' in networks_page(
         "a<b>_long_network", tmp_path
     )
     rows = re.findall(r'<span class="name">(.*?)</span>', page)
-    assert {"slow", "fast", "poor", "slow low:gap", "fast end:gap (bottleneck)"} <= set(rows)
+    assert {"slow", "fast", "poor", "slow low:gap", "fast bottleneck (end:gap)"} <= set(rows)
 
 
 def networks_page(name: str, folder: Path) -> str:

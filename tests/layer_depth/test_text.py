@@ -69,8 +69,8 @@ def test_the_answer_comes_first():
 
 def test_the_bottleneck_is_called_so_beside_its_own_name():
     lines = text(changed(backbone={"description": {"bottleneck": "a"}})).splitlines()
-    assert lines[0].startswith("recommended: a:gap (bottleneck) with knn")
-    assert any(line.startswith("a:gap (bottleneck) * ") for line in lines)
+    assert lines[0].startswith("recommended: bottleneck (a:gap) with knn")
+    assert any(line.startswith("bottleneck (a:gap) * ") for line in lines)
     assert any(line.startswith("b:gap  ") for line in lines)
 
 

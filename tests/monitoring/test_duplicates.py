@@ -8,12 +8,13 @@ import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from featurepipe.errors import UsageError
 from featurepipe.evaluation import leakage
 from featurepipe.monitoring import near as near_module
 from featurepipe.monitoring.duplicates import duplicates
-from featurepipe.monitoring.near import Directions, near_pairs, turned, unit_vectors
+from featurepipe.monitoring.near import Directions, EveryRow, near_pairs, turned, unit_vectors
 from featurepipe.monitoring.text import duplicates_text
 
 
@@ -177,11 +178,15 @@ def test_what_cannot_be_is_refused_before_anything_is_read(copies, tmp_path):
         duplicates(copies.store, dataset="heap", silent=True)
 
 
-def test_without_faiss_the_command_that_installs_it_is_named(copies, monkeypatch):
+def test_faiss_is_needed_for_very_many_images_alone_and_the_command_that_installs_it_is_named(pile, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert duplicates(copies.store, silent=True)["exact"]["copies"] == 4
-    with pytest.raises(UsageError, match=r"pip install 'featurepipe\[duplicates\]'"):
-        duplicates(copies.store, near="auto", silent=True)
+    written(pile, crowded(300, 12))
+    found = duplicates(pile.store, near=0.05, limit=None, silent=True)["near"]
+    assert (found["search"], found["pairs"]) == ("exact", len(all_pairs(crowded(300, 12), 0.05)))
+    monkeypatch.setattr(near_module, "EXACT", 299)
+    told = r"more than 299 images, need faiss; run: pip install 'featurepipe\[duplicates\]' \(in a checkout '\.\[duplicates\]'\)"
+    with pytest.raises(UsageError, match=told):
+        duplicates(pile.store, near="auto", silent=True)
 
 
 # The search for pairs
@@ -259,15 +264,32 @@ def test_threads_are_bounded_while_it_searches_and_as_before_afterwards(pile, mo
     monkeypatch.setattr(
         near_module, "within", lambda *given: seen.append(faiss.omp_get_max_threads()) or within(*given)
     )
-
+    monkeypatch.setattr(near_module, "EXACT", 50)
     faiss.omp_set_num_threads(3)
     try:
         features = written(pile, crowded(100, 5))
         near_pairs(features, 0.01, threads=2, silent=True)
         near_pairs(features, 0.01, threads=8, silent=True)
-        assert (seen, faiss.omp_get_max_threads()) == ([2, 3], 3)
+        assert (set(seen[:2]), set(seen[2:]), faiss.omp_get_max_threads()) == ({2}, {3}, 3)
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def blas_threads():
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize(
+    ("few", "threads", "used"), [(0, 2, 2), (0, 8, 3), (0, None, 3), (10**9, 2, 1), (10**9, None, 1)]
+)
+def test_threads_are_bounded_where_every_pair_is_looked_at(pile, monkeypatch, few, threads, used):
+    monkeypatch.setattr(near_module, "_FEW_VALUES", few)
+    seen, within = set(), EveryRow.within
+    monkeypatch.setattr(EveryRow, "within", lambda *given: seen.update(blas_threads()) or within(*given))
+    features = written(pile, crowded(100, 5))
+    with threadpool_limits(3, user_api="blas"):
+        near_pairs(features, 0.01, threads=threads, silent=True)
+        assert (seen, blas_threads()) == ({used}, {3})
 
 
 def test_projections_lengthen_no_distance():

@@ -263,9 +263,12 @@ def test_names_of_nodes_stand_level_where_they_fit(browser, page, new_document, 
     alone = write_report(document, tmp_path / "alone.html", silent=True)
     turned = """Bokeh.documents[0].get_model_by_id(document.querySelector("#curves .panel").id.slice(6))
         .below[0].major_label_orientation"""
+    lines = """Array.from(Bokeh.documents[0].get_model_by_id(document.querySelector("#curves .panel").id.slice(6))
+        .below[0].major_label_overrides.values(), (label) => label.text.split("\\n").length)"""
     for shown, width, is_level in ((alone, 1280, True), (alone, 390, False), (page, 1280, False)):
         browser.open(shown, width=width)
         browser.wait_for(f"({turned} === 0) === {str(is_level).lower()}")
+        assert set(browser.run(lines)) == ({2} if is_level else {1})
         assert browser.run("document.documentElement.scrollWidth") == width
 
 
@@ -410,6 +413,63 @@ def test_the_projections_are_chosen_by_a_button(browser, page):
     assert find_tip(browser, MAP, browser.move)["sizes"] == [28]
 
 
+SAVED = """
+globalThis.saved = [];
+const made = [], make = URL.createObjectURL;
+URL.createObjectURL = (blob) => { made.push(blob); return make.call(URL, blob); };
+HTMLAnchorElement.prototype.click = function () { saved.push({ name: this.download, blob: made.at(-1) }); };
+"""
+
+
+def saved(browser: Browser, selector: str, number: int) -> tuple[str, str]:
+    """Presses the button that saves as the first (0) or second kind; the one file's name, and its text or sizes."""
+    browser.run(f"saved.length = 0; document.querySelectorAll({selector!r} + ' .downloads button')[{number}].click()")
+    browser.wait_for("saved.length")
+    return browser.run("""(async () => {
+        const [{ name, blob }] = saved;
+        if (saved.length > 1) return ["more than one file", ""];
+        if (blob.type !== "image/png") return [name, await blob.text()];
+        const { width, height } = await createImageBitmap(blob);
+        return [name, `${width} x ${height}`];
+    })()""")
+
+
+def test_a_figure_is_saved_as_one_file_with_all_its_plots_and_its_legend(browser, page):
+    browser.open(page, dark=True)
+    browser.run(f"(() => {{ {SAVED} }})()")
+    name, svg = saved(browser, "#curves .panels:not(.chosen)", 0)
+    assert name == "Accuracy-over-depth.svg"
+    for words in ("Tested on fashion", "Tested on emoji-outlined", "recommended", "xgboost, random weights", "node"):
+        assert f">{words}</text>" in svg, words
+    assert "#e8eaed" not in svg  # the ink of a dark page
+    width, height = (float(re.search(rf'{side}="([\d.]+)"', svg)[1]) for side in ("width", "height"))
+    whole = browser.box("#curves .panels:not(.chosen)")[2]
+    assert whole - 40 < width <= whole
+    name, sizes = saved(browser, "#curves .panels:not(.chosen)", 1)
+    assert (name, sizes) == ("Accuracy-over-depth.png", f"{2 * width:.0f} x {2 * height:.0f}")
+    name, svg = saved(browser, "#curves .panels.chosen", 0)
+    assert name == "Accuracy-over-cost-Share-of-the-operations.svg"
+    assert ">share of the operations</text>" in svg
+    assert browser.complaints() == []
+
+
+def test_a_table_is_saved_with_its_numbers_in_full(browser, page):
+    browser.open(page)
+    browser.run(f"(() => {{ {SAVED} }})()")
+    name, text = saved(browser, "#nodes", 0)
+    assert name.endswith(".csv")
+    header, first, *rows = text.splitlines()
+    assert header.startswith('Node,Accuracy: logistic,"Accuracy: logistic, note",Accuracy: xgboost,')
+    assert len(rows) == 6
+    cells = browser.run("Array.from(document.querySelector('#nodes tbody tr').cells, (cell) => cell.dataset.order)")
+    assert first.split(",")[1] == cells[1]
+    name, text = saved(browser, "#nodes", 1)
+    assert name.endswith(".tex")
+    assert text.count("\\\\\n") == 8
+    assert "\\toprule\nNode & Accuracy: logistic & " in text
+    assert "\\%" in text
+
+
 def test_tables_are_sorted_by_a_click(browser, page):
     browser.open(page)
     header = "document.querySelectorAll('#nodes thead tr:last-child th')[1]"
@@ -472,6 +532,8 @@ def test_paper_has_every_plot_and_table_and_no_controls(browser, page):
     assert len(figures) == plots  # each as an SVG of its own
     assert all(width > 150 and 80 < height <= 303 and right >= -1 for width, height, right in figures)  # 8 cm at most
     assert browser.run("[...document.querySelectorAll('.panel > .plot')].every((p) => p.offsetWidth === 0)")
+    button = "getComputedStyle(document.querySelector('th button')).display"
+    assert browser.run(button) == "contents"  # as any other, it would keep the head of a table from its later sheets
     shown = "getComputedStyle(document.querySelector({!r})).display !== 'none'"
     assert not browser.run(shown.format("nav"))
     assert not browser.run(shown.format(".choice"))

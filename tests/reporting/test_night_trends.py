@@ -14,7 +14,7 @@ def page_of(records, recorded, folder):
 @pytest.mark.slow
 def test_drift_is_told_of_all_nights_of_the_page(recorded, night_records, tmp_path):
     html = page_of(night_records(4), recorded, tmp_path)  # on the first there is nothing to compare with
-    assert "Of 4 nights: no drift on 3, no comparison on 1. The least p-value was 0.5" in html
+    assert "Of 4 runs: no drift on 3, no comparison on 1. The least p-value was 0.5" in html
 
 
 @pytest.mark.slow
@@ -32,4 +32,4 @@ def test_the_number_of_images_stands_beside_shares_of_them(recorded, night_recor
     assert "Of the 1 image of the last run with predictions: dog 0.0\u00a0%; cat 100.0\u00a0%." in html
     labels = [a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"]
     (images,) = (label for label in labels if label.startswith("images predicted"))
-    assert re.match(r"images predicted: 1: 1 in the last of 3 nights, 101 in the middle one, at most 5,000 on", images)
+    assert re.match(r"images predicted: 1: 1 in the last of 3 runs, median 101, at most 5,000 on", images)

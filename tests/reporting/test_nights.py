@@ -204,9 +204,9 @@ def test_a_store_in_which_nothing_ran_has_no_page(recorded, tmp_path):
         (
             27,
             [
-                "3 images could not be used; see Rejects.",
+                "3 images were rejected; see Rejects.",
                 "The new images may not be like those of before: look",
-                "drift warning of run",
+                "Drift warning of run",
             ],
         ),
     ],
@@ -237,8 +237,8 @@ def test_a_killed_night_is_a_failure_of_which_nothing_is_known(recorded, night_r
     page = nights_report(store, tmp_path / "page.html", silent=True).read_text("utf-8")
     cells = {row[0]: row[1] for row in parsed(page).cells if "-000000" in row[-1]}
     assert cells["2026-11-03 02:00"] == "✕ killedkilled: no record of how it ended"
-    assert "is running, or killed: no record of how it ended. 2 of the last 4 nights did all" in page
-    assert "A cross marks a night that failed, was killed or stopped" in page
+    assert "is running, or killed: no record of how it ended. 2 of the last 4 runs did all" in page
+    assert "A cross marks a run that failed, was killed or stopped" in page
     (told,) = next_steps(document["nights"][:2], {}, "2026-11-03T08:00:00+00:00")
     assert told.startswith("The last run was killed, by hand or for want of memory")
 
@@ -247,7 +247,7 @@ def test_a_night_with_warnings_does_not_look_like_one_without(html, parsed):
     rows = {row[0]: row[1] for row in parsed(html).cells if "-000000" in row[-1]}
     assert rows["2026-11-29 02:00"].startswith("⚠\ufe0e done, 1 warning" + "this run's images may not be")
     assert rows["2026-11-28 02:00"] == "✓ done"
-    assert "The night of 2026-11-29 02:00 UTC ended well after 33 s, with 1 warning." in html
+    assert "The run of 2026-11-29 02:00 UTC ended well after 33 s, with 1 warning." in html
 
 
 def test_a_page_that_the_night_itself_writes_compares_like_with_like(recorded, night_records, tmp_path, parsed):
@@ -268,13 +268,11 @@ def test_a_page_that_the_night_itself_writes_compares_like_with_like(recorded, n
     }
     assert "report" not in plots
     assert "metrics" not in plots
-    whole = "whole night, less report and metrics"
+    whole = "whole run, less report and metrics"
     assert plots[whole] == (
-        f"{whole}: 32 s: 32 s in the last of 4 nights, 22 s in the middle one, at most 2:00 min on 2026-11-02 02:00"
+        f"{whole}: 32 s: 32 s in the last of 4 runs, median 22 s, at most 2:00 min on 2026-11-02 02:00"
     )
-    assert (
-        "Less report and metrics on all nights, as the last one had not come to that when it wrote this page." in html
-    )
+    assert "Less report and metrics in all runs, as the last one had not come to that when it wrote this page." in html
 
 
 def test_two_tall_bars_of_a_few_nights_are_drawn_to_their_ends(recorded, night_records, tmp_path, parsed):
@@ -307,7 +305,7 @@ def test_three_nights_without_time_are_too_many(store):
     late = [nights[0], *[nights[20] | {"started": f"2026-11-2{k}T02:00:00+00:00"} for k in range(3)]]
     (told,) = next_steps(late, {}, "2026-11-22T08:00:00+00:00")
     assert told.startswith(
-        "The time did not suffice for 3 nights in a row: allow more of it ([limits] time_budget). The last"
+        "The time did not suffice for 3 runs in a row: allow more of it ([limits] time_budget). The last"
     )
     assert "forward-bound" in told
 
@@ -325,13 +323,13 @@ def test_a_schedule_that_has_stopped_is_noticed(store, monkeypatch):
 
 def test_the_page_says_what_the_document_does(html, parsed):
     page = parsed(html)
-    assert page.texts["h1"] == ["What nightly did in the last 28 nights"]
+    assert page.texts["h1"] == ["What nightly did in the last 28 runs"]
     assert page.texts["p"][1] == (
-        "The night of 2026-11-29 02:00 UTC ended well after 33 s, with 1 warning. "
-        "23 of the last 28 nights did all that they were to do."
+        "The run of 2026-11-29 02:00 UTC ended well after 33 s, with 1 warning. "
+        "23 of the last 28 runs did all that they were to do."
     )
     assert page.texts["h2"] == [
-        "Last run", "Steps of the last run", "Every night", "Images", "Rejects", "Time and space", "Drift",
+        "Last run", "Steps of the last run", "All runs", "Images", "Rejects", "Time and space", "Drift",
         "Predicted classes", "What changed besides", "Where this comes from",
     ]  # fmt: skip
     status = [row for row in page.cells if re.fullmatch(r"2026-11-\d\d 02:00", row[0]) and "-000000" in row[-1]]
@@ -353,10 +351,8 @@ def test_the_page_says_what_the_document_does(html, parsed):
 def test_the_page_of_nights_is_as_accessible_as_the_others(html, parsed):
     page = parsed(html)
     plots = {a["aria-label"].split(":")[0]: a["aria-label"] for a in page.all("div") if a.get("class") == "plot"}
-    assert plots["computed"].endswith(
-        "127 in the last of 28 nights, 114 in the middle one, at most 5,000 on 2026-11-02 02:00"
-    )
-    assert plots["whole night"].startswith("whole night: 33 s: 33 s in the last of 28 nights")
+    assert plots["computed"].endswith("127 in the last of 28 runs, median 114, at most 5,000 on 2026-11-02 02:00")
+    assert plots["whole run"].startswith("whole run: 33 s: 33 s in the last of 28 runs")
     assert "bottleneck:gap: 0.003 last, at least 0.003 on 2026-11-29 02:00." in plots["Adjusted p-value"]
     assert all(a["role"] == "img" for a in page.all("div") if a.get("class") == "plot")
     levels = page.headings()
@@ -364,14 +360,14 @@ def test_the_page_of_nights_is_as_accessible_as_the_others(html, parsed):
     assert max(np.diff(levels)) <= 1
     assert all(a.get("scope") in {"col", "row", "colgroup"} for a in page.all("th"))
     assert len(page.all("table")) == len(page.texts["caption"])
-    assert html.count("A cross marks a night that failed") == 5
+    assert html.count("A cross marks a run that failed") == 5
 
 
 def test_figures_that_are_always_nothing_have_no_strip(html, parsed):
     labels = [a["aria-label"] for a in parsed(html).all("div") if a.get("class") == "plot"]
-    assert any(label.startswith("touched: 0: 0 in the last of 27 nights") for label in labels)  # ten on one night
+    assert any(label.startswith("touched: 0: 0 in the last of 27 runs") for label in labels)  # ten on one night
     assert not any(label.startswith("moved") for label in labels)
-    assert "On no night: changed, moved, copied, newly labelled, corrupted, repaired, new, but unusable" in html
+    assert "In no run: changed, moved, copied, newly labelled, corrupted, repaired, new, but unusable" in html
 
 
 def test_one_tall_bar_does_not_flatten_the_others(html):
@@ -412,7 +408,7 @@ def test_names_from_records_are_escaped_and_fetch_nothing(recorded, night_record
     html = nights_report(recorded(records), tmp_path / "page.html", silent=True).read_text("utf-8")
     page = parsed(html)
     assert page.all("img") == []
-    assert page.texts["h1"] == [f"What {hostile} did in the last 4 nights"]
+    assert page.texts["h1"] == [f"What {hostile} did in the last 4 runs"]
     own = re.sub(r"/\* BEGIN bokeh.min.js \*/.*?/\* END bokeh.min.js \*/", "", html, flags=re.DOTALL)
     assert not re.search(r"https?://|@import|url\(", own)
 
@@ -421,4 +417,4 @@ def test_a_single_bare_run_with_hardly_anything_in_it_is_a_page(recorded, tmp_pa
     bare = {"run_id": "20261101T000000000000Z-00000000", "command": "extract", "dataset": "clothes", "status": "done"}
     page = parsed(nights_report(recorded([bare]), tmp_path / "page.html", silent=True).read_text("utf-8"))
     assert page.texts["h1"] == ["What became of clothes in the last run"]
-    assert page.texts["h2"] == ["Last run", "Every night", "Where this comes from"]
+    assert page.texts["h2"] == ["Last run", "All runs", "Where this comes from"]

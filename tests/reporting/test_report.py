@@ -11,6 +11,7 @@ import pytest
 
 import featurepipe.reporting.report as report_module
 from featurepipe.errors import UsageError
+from featurepipe.reporting.blocks import Table, TableCell
 from featurepipe.reporting.report import Features, write_report
 
 COLUMN = "blocks.14:avg5x5"
@@ -146,7 +147,7 @@ def test_accuracy_over_cost_has_every_point(document, plain, tmp_path, parsed):
 def test_concatenations_similarity_scores_and_provenance(document, plain, parsed):
     html = plain
     page = parsed(html)
-    joined = [row for row in page.cells if row[0].startswith("blocks.10:avg5x5 + ")]
+    joined = [row for row in page.cells if row[0].startswith("blocks.10:avg5x5 +\N{NO-BREAK SPACE}")]
     assert [row[3] for row in joined] == ["yes", "no difference shown"]
     assert "Most alike are blocks.2:avg6x6 and blocks.4:avg6x6 (0.70), least alike are" in html
     assert "logistic: Spearman 0.96, Kendall 0.90" in html
@@ -446,6 +447,58 @@ def test_few_nodes_are_named_in_two_lines_and_rejects_by_their_kind(document, tm
     shown = html.split('<section id="rejects"', 1)[1].split("</section>", 1)[0]
     spans = re.findall(r"<span[^>]*>(.*?)</span>", shown)
     assert spans == ["not-an-image", "starts with GIF9; known are: JPEG", "a.png", "empty", "b"]
+
+
+def test_a_confusion_matrix_of_short_names_has_them_level(document, tmp_path):
+    document["similarity"] = None
+    slants = r'"major_label_orientation":[\d.]+'
+    slanted = len(re.findall(slants, page_of(document, tmp_path)))
+    metrics = document["details"]["metrics"]
+    metrics["confusion"]["classes"] = [str(k) for k in range(len(metrics["confusion"]["classes"]))]
+    assert len(re.findall(slants, page_of(document, tmp_path))) == slanted - 1
+
+
+def test_a_curve_says_what_it_was_tested_on_and_its_parameters_plainly(document, tmp_path, parsed):
+    document["results"][0] |= {"params": [{"C": 100.0, "n_neighbors": 3}], "accuracy": 0.0}
+    html = page_of(document, tmp_path)
+    page = parsed(html)
+    assert {"Tested on fashion", "Tested on emoji-outlined"} < set(page.texts["p"])
+    first = next(place for place, row in enumerate(page.cells) if "Tested on" in row)
+    header, every = page.cells[first], page.cells[first + 1 : first + 1 + len(document["results"])]
+    assert header[:4] == ["Node", "Head", "Weights", "Tested on"]
+    assert {row[3] for row in every} == {"fashion", "emoji-outlined"}
+    assert sum(row[header.index("Parameters")] == "C 100, n neighbors 3" for row in every) == 1
+    assert any(row[4].startswith("0.0\u00a0%") for row in every)  # nothing right is a result, too
+    assert "On emoji-outlined at most 77.5\u00a0%, logistic at bottleneck:gap." in html
+
+
+def test_long_tables_of_few_columns_stand_side_by_side_on_paper():
+    def looks(columns: int, rows: int, *, sortable: bool = True) -> str:
+        cells = tuple(TableCell(str(k)) for k in range(columns))
+        return Table("", tuple(map(str, range(columns))), (cells,) * rows, sortable=sortable).looks
+
+    assert looks(5, 13) == "sortable narrow"
+    assert looks(3, 13, sortable=False) == "narrow narrower"
+    assert looks(3, 12, sortable=False) == looks(6, 40, sortable=False) == ""
+    assert looks(11, 1) == "many"
+
+
+def test_records_leave_room_for_values_however_deep_they_are(bundle_document, tmp_path):
+    bundle_document["bundle"]["metrics"] = {
+        "calibration": {"ece": {"value": 0.25, "low": None}, "of": [{"a": 1}, {"b": {"c": {"d": 2}}}]},
+        "test": {"accuracy": {"value": 0.98765}},
+    }
+    html = page_of(bundle_document, tmp_path)
+    assert "<dd>value 0.25, low \N{EN DASH}</dd>" in html
+    assert "<div>a 1</div>" in html
+    assert "<dd>d 2</dd>" in html
+    assert "0.98765" not in html  # what the training measured: the page measures now
+
+
+def test_lines_do_not_end_inside_options(document, tmp_path):
+    document["protocol"] = "Again with --retry-rejects <b>, or not--so"
+    told = '<p>Again with <span class="option">--retry-rejects</span> &lt;b&gt;, or not--so</p>'
+    assert told in page_of(document, tmp_path)
 
 
 def test_many_nodes_have_few_labels_which_can_be_told_apart(document, tmp_path):

@@ -178,7 +178,7 @@ def test_counts_and_words(wide, rows):
         "splits": {"test": 3, "train": 6},
     }
     assert features.describe().splitlines()[2:] == [
-        "columns  a:gap (bottleneck) + b:gap: 7 values, float16",
+        "columns  bottleneck (a:gap) + b:gap: 7 values, float16",
         "images   9 (2 unlabelled, 1 rejected, 2 duplicates)",
         "classes  2: x 4, y 3",
         "splits   2: test 3, train 6",

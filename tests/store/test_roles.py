@@ -17,6 +17,7 @@ from featurepipe.errors import StoreError, UsageError, on_command_line
 from featurepipe.images.listing import SCHEMA
 from featurepipe.images.manifest import _texts, _too_large
 from featurepipe.images.open import open_source
+from featurepipe.store.labels import join_labels, read_labels
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
 from featurepipe.store.verify import verify_store
@@ -121,7 +122,8 @@ def test_json_lists_and_columns_of_zeros_and_ones_are_several_labels(kept, tmp_p
     features, _ = joined(kept, tmp_path / "t.parquet", multilabel=("tags",))
     assert features.target_names == ("a", "b")
     np.testing.assert_array_equal(features.targets, [[1, 1], [0, 0], [0, 1], [np.nan, np.nan]])
-    features, _ = joined(kept, tmp_path / "t.parquet", multilabel=("x", "y"))
+    features, said = joined(kept, tmp_path / "t.parquet", multilabel=("x", "y"))
+    assert said[0].startswith("several labels: columns x, y of t.parquet; 3 of 8 entries are empty")
     assert features.target_names == ("x", "y")
     np.testing.assert_array_equal(features.targets, [[1, 1], [0, np.nan], [np.nan, 0], [np.nan, 1]])
 
@@ -361,6 +363,45 @@ def test_ids_that_are_no_image_here_are_refused(kept, tmp_path):
     for asked in (None, "group", str(path)):
         with pytest.raises(UsageError, match=r"none of the 2 ids in l\.csv is an id of these features: there 'X1'"):
             joined(kept, None if asked == str(path) else path, group=asked)
+
+
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ("units/{}", "leave out 'units/' in front of them"),
+        ("/data/all/{}", "leave out '/data/all/' in front of them"),
+        ("{}.png", "leave out the suffixes"),
+        ("x-{}", "write them as the dataset has them"),
+    ],
+)
+def test_what_makes_ids_match_is_said(kept, tmp_path, written, advice):
+    path = tmp_path / "l.csv"
+    path.write_text("".join(f"{line}\n" for line in ("id,group", *(f"{written.format(name)},p" for name in NAMES))))
+    with pytest.raises(UsageError) as caught:
+        joined(kept, path)
+    there = written.format("a1")
+    assert str(caught.value) == (
+        f"none of the 4 ids in l.csv is an id of these features: there {there!r}, here 'a1'; {advice}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "advice"),
+    [
+        (["b/2.png", "a/1.png", "c/3.png"], "write 'units/x/' in front of them"),
+        (["x/a/1.png", "x/b/2.png"], "write 'units/' in front of them"),
+        (["units/x/a/1", "units/x/b/2", "units/x/c/3"], "write the suffixes as well"),
+        (
+            ["all/units/x/a/1.png", "all/units/x/c/3.png", "all/units/x/other.png"],
+            "",
+        ),  # two of three are not nearly all
+    ],
+)
+def test_ids_of_features_may_be_the_longer_ones(ids, advice):
+    here = pa.array(["units/x/a/1.png", "units/x/b/2.png", "units/x/c/3.png"])
+    with pytest.raises(UsageError) as caught:
+        join_labels(pa.chunked_array([here]), read_labels(dict.fromkeys(ids, "one")))
+    assert str(caught.value).endswith(f"; {advice or 'write them as the dataset has them'}")
 
 
 def test_views_side_by_side_have_the_same_roles(kept):

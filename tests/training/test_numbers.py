@@ -1,6 +1,7 @@
 """Numbers from end to end: trained, kept in a bundle with its prediction interval, evaluated and predicted."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -152,11 +153,44 @@ def test_without_splits_patients_stay_on_one_side_and_intervals_count_them(zoo, 
     assert record["counts"]["test"] % 4 == 0
     assert record["test"]["groups"] == record["counts"]["test"] // 4
     assert record["calibration"]["groups"] == record["calibration"]["images"] // 4
-    few = zoo.images(None, 12)
+
+
+def test_of_few_images_or_groups_enough_are_set_aside_for_intervals(zoo, run):
+    rows = zoo.images(None, 140)
+    zoo.write(rows)
+    record = run(zoo, labels=ages(rows)[0], group="patient")
+    assert record["groups"]["train"] == 84  # a tenth are 8, of 9 that intervals need
+    assert record["calibration"]["groups"] in range(9, 12)
+    assert record["groups"]["validation"] == record["calibration"]["groups"]
+    some = zoo.images(None, 13)
+    zoo.write(some, name="some")
+    record = run(zoo, dataset="some", labels=ages(some)[0])
+    assert record["calibration"]["images"] in range(9, 12)  # of 31 or so: a third
+    assert "groups" not in record["calibration"]
+
+
+def test_advice_for_intervals_fits_what_lacks(zoo, run, capsys):
+    few = zoo.images(None, 8)
     zoo.write(few, name="few")
-    record = run(zoo, dataset="few", labels=ages(few)[0])
-    assert record["calibration"] is None  # three validation images
+    record = run(zoo, dataset="few", labels=ages(few)[0], silent=False)
+    assert record["calibration"] is None
     assert "no prediction intervals" in train_text(record)
+    advice = r"\d validation images are too few for prediction intervals, which need 9: there are none; give more images, 27 or "
+    assert re.search(advice + "more to train on, or a split val with 9 images or more", capsys.readouterr().err)
+    rows = zoo.images(None, 30)
+    zoo.write(rows, name="grouped")
+    record = run(zoo, dataset="grouped", labels=ages(rows)[0], group="patient", silent=False)
+    assert record["calibration"] is None
+    advice = r"\d groups of validation images are too few for prediction intervals, which need 9: there are none; give images of "
+    assert re.search(
+        advice + "more groups, 27 or more to train on, or a split val with 9 groups or more", capsys.readouterr().err
+    )
+    rows = [*zoo.images("train", 40), *zoo.images("val", 2)]
+    zoo.write(rows, name="split")
+    record = run(zoo, dataset="split", labels=ages(rows)[0], silent=False)
+    assert record["calibration"] is None
+    told = "there are none; give more images, or a split val with 9 images or more"
+    assert told in capsys.readouterr().err
 
 
 def test_evaluate_finds_the_column_and_measures_again(dated, run, tmp_path):

@@ -133,7 +133,6 @@ def test_copies_are_compared_across_a_column_of_splits(scans):
 
 
 def test_near_copies_are_groups_of_a_training(scans, tmp_path):
-    pytest.importorskip("faiss")
     zoo, _ = scans
     found = duplicates(zoo.store, node="b:gap", near=0.001, to=tmp_path / "near.csv", silent=True)["near"]
     assert found["groups"] > 3

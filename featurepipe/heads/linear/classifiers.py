@@ -29,7 +29,7 @@ Method = Callable[[Any, OptimiserSettings], Optimiser]
 _NEARING = 500  # iterations of L-BFGS in float64 before Newton's method takes over
 _BOUND = 4  # times tol that what the gap is at most may be; measured: 5 to 20 times the gap
 SAFETY = 50  # how many times the estimated gap the true one is at most, with room; measured: 4 to 9
-_ROUGHLY = 1e-3  # the least tol of the fit of all rows that folds with most rows in common start from
+_ROUGHLY = 1e-3  # of the objective: the estimated gap at which folds with most rows in common start from the fit of all of them
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _solve_group(
     most = min(patience, estimator.max_iter)
     if overlapping:
         common = [replace(problem, fold=len(folds)) for problem in problems[: len(problems) // len(folds)]]
-        roughly = replace(settings(max(estimator.tol, _ROUGHLY), most), keep=True)
+        roughly = replace(settings(estimator.tol, most), tolerance=_ROUGHLY, certain=math.inf, keep=True)
         starts = [start_point(begin[-1], width, intercept=estimator.fit_intercept) for _ in common]
         near = run([lbfgs(start, roughly) for start in starts], passes_for(common, prepared)) * len(folds)
         fits = [lbfgs(one.point, settings(estimator.tol, most), one.precondition) for one in near]

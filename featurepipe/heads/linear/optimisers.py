@@ -118,7 +118,8 @@ class OptimiserSettings:
             objective: from there to the optimum it hardly changes.
         certain: Stops only where the bound, too, is at most this fraction of the objective, or the estimate a hundredth of what
             it has to be: the bound is far from the truth along directions that bend much more than the penalty.
-        keep: Whether the optimum has the approximate inverse of the second derivative, for neighbours that start there.
+        keep: Whether others start from where it stops, with the approximate inverse of the second derivative, which is then kept:
+            an estimate is believed whatever curvature it is by.
     """
 
     tolerance: float
@@ -165,7 +166,7 @@ def lbfgs(start: Vector, settings: OptimiserSettings, known: Precondition | None
         goal = settings.tolerance * max(min(abs(at.value), gained), 1e-3 * abs(at.value))
         satisfied = satisfied + 1 if estimate <= goal else 0
         near = estimate <= settings.trusted * goal / settings.tolerance if age == 0 else near
-        believed = age == 0 or near
+        believed = age == 0 or near or settings.keep
         if satisfied and believed and settings.certified(at, estimate):
             return ended(iteration, converged=True)
         measure = age + 1 >= interval or (satisfied == 2 and not believed)
