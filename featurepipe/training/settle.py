@@ -27,7 +27,7 @@ from featurepipe.store.roles import with_roles
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import INTERVAL_LEVEL, fit
 from featurepipe.training.options import SELECT_AUTO, SHARES, TrainOptions
-from featurepipe.training.splits import Division, class_counts, divide, quantile_bins, rarest_labels
+from featurepipe.training.splits import CROSSED_FOLDS, Division, class_counts, divide, quantile_bins, rarest_labels
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.tuning import grid_size, steps_of
 
@@ -58,7 +58,8 @@ def settle(
     if asks_for_all(nodes):
         nodes = all_columns(store, dataset, backbone, say)
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
-    task = settle_rows(store, found, recipe, options, snapshot=snapshot, cluster=cluster, say=say)
+    crossed = bool(options.multilabel) and options.needs_validation
+    task = settle_rows(store, found, recipe, options, snapshot=snapshot, cluster=cluster, crossed=crossed, say=say)
     if comparison is not None and not options.target:
         check_same_task(comparison, task.classes, options.labels, say)
     return task
@@ -72,9 +73,10 @@ def settle_rows(
     *,
     snapshot: str | None = None,
     cluster: str | None = None,
+    crossed: bool = False,
     say: Callable[[str], None],
 ) -> Task:
-    """Settles which rows of a feature set are learned from, what they should give, and how; see `settle`.
+    """Settles which rows of a feature set are learned from, what they should give, and how; see `settle`, and `divide`.
 
     Raises:
         UsageError: an argument is wrong, or the labels cannot be learned from.
@@ -100,6 +102,7 @@ def settle_rows(
         seed=recipe.seed,
         validate=options.needs_validation or options.tune or options.select == SELECT_AUTO,
         least=0 if options.target is None else least_units(INTERVAL_LEVEL),
+        crossed=crossed,
     )
     classes: tuple[str, ...] = ()
     if targets is None:
@@ -132,17 +135,18 @@ def settle_rows(
 
 def timed(task: Task, recipe: Recipe, options: TrainOptions, say: Callable[[str], None]) -> Task:
     """The task with an estimate of how long its fits will take, from small ones; without one where they run on a cluster."""
+    fits = 1 + (CROSSED_FOLDS if task.division.is_crossed else options.needs_validation)
     tries = grid_size(recipe) * len(task.folds(recipe.folds)) if options.tune else 0
     if options.select is not None:  # of which fits, on how many values, is not known yet
         shares = len(SHARES) if options.select == SELECT_AUTO else 0
-        task = replace(task, cost=replace(task.cost, fits=1 + options.needs_validation + tries + shares))
+        task = replace(task, cost=replace(task.cost, fits=fits + tries + shares))
         say(f"values are selected first: the time is not estimated; {task.cost.text}")
         return task
     if task.cost.cluster is None:
         say("estimating the time from small fits")
-        task = replace(task, cost=_timed(task, recipe, fits=1 + options.needs_validation, tries=tries))
+        task = replace(task, cost=_timed(task, recipe, fits=fits, tries=tries))
     else:
-        task = replace(task, cost=replace(task.cost, fits=1 + options.needs_validation + tries))
+        task = replace(task, cost=replace(task.cost, fits=fits + tries))
     say(task.cost.text)
     return task
 

@@ -28,6 +28,10 @@ VALIDATION_FOLDS = 10
 """At least one in so many training images chooses and calibrates where there is no ``val`` split."""
 FEWEST_FOLDS = 3
 """At most one in so many training images is set aside, where prediction intervals need as many."""
+CROSSED_FOLDS = 5
+"""Folds in which few training images all calibrate several labels."""
+MOST_CROSSED = 5_000
+"""Training images up to which they do: of more, the part set aside has enough that have a label."""
 MOST_VALIDATION = 10_000
 """Images that validation takes at most from the training images: more would not sharpen one number."""
 
@@ -42,6 +46,7 @@ class Division:
         test: rows that nothing is chosen by; may be empty.
         is_carved: whether the validation rows were taken from the training rows, so that the last fit may have them back.
         text: how it was done, for people.
+        is_crossed: whether all training rows calibrate, each scored by a head that was fitted on other folds.
     """
 
     train: Positions
@@ -49,6 +54,7 @@ class Division:
     test: Positions
     is_carved: bool
     text: str
+    is_crossed: bool = False
 
     @property
     def final(self) -> Positions:
@@ -73,6 +79,7 @@ def divide(
     seed: int,
     validate: bool,
     least: int = 0,
+    crossed: bool = False,
 ) -> Division:
     """Divides the labelled rows of a dataset.
 
@@ -87,6 +94,7 @@ def divide(
         seed: of the draw.
         validate: whether validation rows are needed.
         least: validation images, or groups of them, to set aside at least, if a third of the training images has as many.
+        crossed: whether few training images are all to calibrate, out of fold, unless there is a split ``val``.
 
     Raises:
         UsageError: the split does not exist or has no labelled row.
@@ -104,9 +112,11 @@ def divide(
         text = f"no splits in the dataset: every {TEST_FOLDS}th {what} held out for the test (seed {seed})"
     if len(own) or not validate:
         return _told(features, Division(train, own, test, is_carved=False, text=text))
+    crossed = crossed and len(train) <= MOST_CROSSED
+    how = f"all {len(train):,} training images calibrate, in {CROSSED_FOLDS} folds"
     train, carved = _set_aside(features, codes, train, least=least, seed=seed + 1)
-    text += f"; {len(carved):,} training images set aside to calibrate"
-    return _told(features, Division(train, carved, test, is_carved=True, text=text))
+    how = how if crossed else f"{len(carved):,} training images set aside to calibrate"
+    return _told(features, Division(train, carved, test, is_carved=True, text=f"{text}; {how}", is_crossed=crossed))
 
 
 def _set_aside(
@@ -133,7 +143,7 @@ def _told(features: FeatureSet, division: Division) -> Division:
         return division
     counts = division.groups(features.groups)
     chosen_by = f"{counts['validation']:,}"
-    aside = f" ({chosen_by} of these to calibrate)" if division.is_carved else ""
+    aside = f" ({chosen_by} of these to calibrate)" if division.is_carved and not division.is_crossed else ""
     beside = f", {chosen_by} to choose by" if not division.is_carved and counts["validation"] else ""
     sides = f"{counted(counts['train'], 'group')} to train on{aside}{beside}, {counts['test']:,} to test"
     return replace(division, text=f"{division.text}; {sides}")

@@ -18,6 +18,7 @@ from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.evaluation.text import text as evaluation_text
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.heads.bundle.text import bundle_text, describe_bundle, labels_calibration_text
+from featurepipe.heads.calibration import calibrated_labels
 from featurepipe.heads.families import FAMILIES, make_head
 from featurepipe.heads.label_calibration import label_calibration_errors
 from featurepipe.heads.multilabel import VOC07, unit_rows, voc07_head
@@ -28,6 +29,8 @@ from featurepipe.monitoring.drift import drift
 from featurepipe.monitoring.text import drift_text
 from featurepipe.prediction.from_store import predict_features
 from featurepipe.reporting.from_store import report
+from featurepipe.training import fit as fit_module
+from featurepipe.training import splits
 from featurepipe.training.splits import rarest_labels
 from featurepipe.training.text import cost_text, train_text
 from featurepipe.training.train import train
@@ -117,6 +120,45 @@ def test_sigmoids_and_thresholds_are_from_validation_rows(found, run, tmp_path):
     plain = read_bundle(tmp_path / "bundle")
     assert plain.target["calibration"] is None
     assert (plain.predict(features) == (plain.probabilities(features) > 0.5)).all()
+
+
+def test_without_val_all_of_few_training_rows_calibrate_out_of_fold(found, run, monkeypatch, capsys):
+    zoo, table, _ = found
+    seen = {}
+
+    def spied(scores, truth, *given, **named):
+        seen.update(scores=scores, truth=truth)
+        return calibrated_labels(scores, truth, *given, **named)
+
+    monkeypatch.setattr(fit_module, "calibrated_labels", spied)
+    options = {"labels": table, "split_column": "none", "head": "knn", "params": {"n_neighbors": 1}}
+    record = run(zoo, **options, silent=False)
+    count = record["counts"]["train"]
+    assert record["calibration"]["images"] == len(seen["truth"]) == count
+    assert f"; all {count} training images calibrate, in 5 folds" in record["split"]
+    positives = {name: counts["positive"] for name, counts in record["multilabel"].items()}
+    assert dict(zip(NAMES, (seen["truth"] == 1).sum(axis=0).tolist(), strict=True)) == positives
+    known = ~np.isnan(seen["truth"])
+    right = ((seen["scores"] > 0) == (seen["truth"] == 1))[known].mean()
+    assert 0.5 < right < 0.99  # its own nearest neighbour, a training row would be right always
+    said = capsys.readouterr().err
+    few = sorted((count, name) for name, count in positives.items() if count < fit_module.ENOUGH_POSITIVES)
+    assert ("take it as rough" in said) == bool(few)
+    monkeypatch.setattr(splits, "MOST_CROSSED", count - 1)
+    record = run(zoo, **options)
+    assert record["calibration"]["images"] == record["counts"]["validation"] < count / 5
+    assert "training images set aside to calibrate" in record["split"]
+
+
+def test_labels_of_few_validation_images_are_named_as_rough(found, run, monkeypatch, capsys):
+    zoo, table, values = found
+    val = values[zoo.features().splits == "val"]
+    counts = dict(zip(NAMES, (val == 1).sum(axis=0).tolist(), strict=True))
+    monkeypatch.setattr(fit_module, "ENOUGH_POSITIVES", min(counts.values()) + 1)
+    run(zoo, labels=table, silent=False)
+    name = min(counts, key=counts.__getitem__)
+    told = f"1 label has a threshold from fewer than {counts[name] + 1} validation images that have it, so take it as rough"
+    assert f"{told}: {name} {counts[name]}" in capsys.readouterr().err
 
 
 def test_labels_without_both_sides_among_validation_rows_are_named(found, run, capsys):
