@@ -15,7 +15,7 @@ from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.loading import ALL as EVERY
 from featurepipe.backbones.tail import Tail, cuts
-from featurepipe.display import counted
+from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, pip_install
 from featurepipe.extraction.extract import network_for
 from featurepipe.features.reading import opened
@@ -61,6 +61,7 @@ FROZEN_AT = (0.4, 0.65, 0.85)
 """Shares of the network's operations at about which frozen nodes are compared with the bottleneck."""
 CUT_AT = 0.65
 """Share of the network's operations at about which it is cut: what lies below is computed once."""
+_NAMED = 3  # labels in an error
 
 
 @dataclass
@@ -189,7 +190,7 @@ def _plan_blocks(plan: RoutesPlan, network: Backbone, options: RoutesOptions, he
 def _plan_own_classes(
     plan: RoutesPlan, network: Backbone, options: RoutesOptions, extraction: Mapping[str, Any]
 ) -> None:
-    """Whether some label of the images is one of the network's own classes, before any is computed, if that was asked for."""
+    """Whether the labels of the images are among the network's own classes, before any is computed, if that was asked for."""
     with closing(opened(plan.wanted.source, source_options(extraction))) as images:
         listed = sorted({label for label in images.scan().column("label").to_pylist() if label is not None})
     classes = told_apart(network.classes)
@@ -231,15 +232,24 @@ def _tail_at(network: Backbone, node: str) -> Tail:
 def labels_meant(
     network: Backbone, classes: Sequence[str], labels: list[str], options: RoutesOptions
 ) -> LabelsOfClasses | Message:
-    """Which of the labels each of the network's own classes means; or why none is meant."""
+    """Which of the labels each of the network's own classes means; or why the network cannot answer all of them.
+
+    A label that no class means would be wrong for every image: as for `featurepipe.evaluation.evaluate`, that is no comparison.
+    """
     given = options.mapping
     found = LabelsOfClasses.by_name(classes, labels) if given is None else LabelsOfClasses.given(given, classes)
-    if any(label in labels for label in found.labels):
+    missing = [label for label in labels if label not in found.labels]
+    if not missing:
         return found
-    return Message(
-        f"none of the labels ({', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}) is the name of a class that "
-        f"{network.name} was trained on; which class means which label can be said with ", Option("mapping", "FILE.csv")
-    )  # fmt: skip
+    what = (
+        f"the name of a class that {network.name} was trained on" if given is None else "what the mapping calls a class"
+    )
+    many = len(missing)
+    if many == len(labels):
+        lead = f"none of the labels ({first_names(missing, _NAMED)}) is"
+    else:
+        lead = f"{many:,} of {len(labels):,} labels ({first_names(missing, _NAMED)}) {'is' if many == 1 else 'are'} not"
+    return Message(f"{lead} {what}; which class means which label can be said with ", Option("mapping", "FILE.csv"))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from featurepipe.errors import DiskFull, UsageError
 from featurepipe.execution.executor import Worker
 from featurepipe.layer_depth.measure import Timing
 from featurepipe.layer_depth.phases import fit_seconds
+from featurepipe.prediction.own_classes import LabelsOfClasses
 from featurepipe.progress import spoken
 from featurepipe.reporting.report import write_report
 from featurepipe.store import FeatureStore
@@ -29,7 +30,7 @@ from featurepipe.transfer_routes import measure, routes, similarity, trials
 from featurepipe.transfer_routes.answers import plan_text, text
 from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.transfer_routes.similarity import layer_distances
-from featurepipe.transfer_routes.study import _ranked
+from featurepipe.transfer_routes.study import _ranked, labels_meant
 
 NETWORK: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "cuts": "s2", "nodes": ["s4:gap", "bottleneck"]}
 TAKEN = ("bottleneck", "node", "layers", "tail from s2", "scratch")
@@ -260,10 +261,26 @@ def test_the_page_says_what_was_found(answer: dict[str, Any], tmp_path: Path) ->
 
 
 def test_own_classes_that_no_label_names_are_refused_before_images_are_computed(piles: Path, tmp_path: Path) -> None:
-    said = r"as-it-is cannot be taken: none of the labels \(0, 1, 2, \.\.\.\) is the name of a class .* mapping='FILE\.csv'"
+    said = r"as-it-is cannot be taken: none of the labels \(0, 1, 2 and 7 more\) is the name of a class .* mapping='FILE\.csv'"
     with pytest.raises(UsageError, match=said):
         fp.routes(piles, tmp_path / "store", backbone="efficientnet_lite0", routes="as-it-is,bottleneck", silent=True)
     assert not (tmp_path / "store").exists()
+
+
+def test_own_classes_that_name_some_of_the_labels_only_are_left_out_with_the_others_named() -> None:
+    network, classes = SimpleNamespace(name="net"), ("daisy", "tulip", "oak")
+    labels = ["a", "b", "c", "d", "daisy"]
+    why = labels_meant(network, classes, labels, RoutesOptions())  # type: ignore[arg-type]
+    assert str(why).startswith(
+        "4 of 5 labels (a, b, c and 1 more) are not the name of a class that net was trained on; which"
+    )
+    assert "--mapping FILE.csv" in str(why)
+    some = labels_meant(network, classes, ["a", "b"], RoutesOptions(mapping={"daisy": "a"}))  # type: ignore[arg-type]
+    assert str(some).startswith("1 of 2 labels (b) is not what the mapping calls a class; which")
+    both = RoutesOptions(mapping={"daisy": "a", "oak": "b", "tulip": "a"})
+    found = labels_meant(network, classes, ["a", "b"], both)  # type: ignore[arg-type]
+    assert isinstance(found, LabelsOfClasses)
+    assert found.places.tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("kind", [{"target": "value"}, {"multilabel": "tags"}])
