@@ -441,7 +441,9 @@ class ListingSummary:
             ways = ["convert images in formats that are not read"] if _FORMATS & files.keys() else []
             ways += ["a manifest can name images without a suffix, as of DICOM"] if UNNAMED & files.keys() else []
             hint = f" ({'; '.join(ways)})" if ways else ""
-            found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{hint}")
+            hidden = self.passed_over.get(HIDDEN, 0)
+            besides = f", besides {hidden:,} hidden" if hidden else ""
+            found.append(f"passed over {counted(sum(files.values()), 'file')}: {named}{besides}{hint}")
         if self.ignored:
             found.append(f"ignored {self.ignored_are}: {first_names(list(map(self._ignored, self.ignored)), _SHOWN)}")
         if self.further:

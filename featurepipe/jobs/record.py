@@ -71,6 +71,7 @@ def figures_of(extractions: Sequence[Run], *, listing: float, wall: float) -> di
     return {
         "counts": counts,
         "copies": _copies(extractions),
+        "forgotten": max((int(run.get("forgotten") or 0) for run in extractions), default=0),
         "counts_by_space": {run["space"]: _counts_of(run, extractions) for run in _last_tries(extractions)},
         "changes": next((run["changes"] for run in extractions if run.get("changes")), {}),
         "new_rejects": _new_rejects(extractions),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from featurepipe.display import counted, dealt_with, size, table
+from featurepipe.display import counted, dealt_with, first_names, size, table
 from featurepipe.errors import TooManyRejects
 from featurepipe.progress import duration, spoken
 from featurepipe.records import RUNNING
@@ -86,12 +86,17 @@ def image_lines(record: Mapping[str, Any]) -> Iterator[str]:
     counts, changes = record.get("counts") or {}, record.get("changes") or {}
     kinds = [f"{changes[kind]:,} {kind.replace('_', ' ')}" for kind in _KINDS if changes.get(kind)]
     deleted = [f"{changes['deleted']:,} deleted"] if changes.get("deleted") else []
-    yield f"{record.get('dataset') or '?'}: {counted(counts.get('listed', 0), 'image')} listed"
+    forgotten = record.get("forgotten")
+    without = f", besides {counted(forgotten, 'forgotten image')} that stayed out" if forgotten else ""
+    yield f"{record.get('dataset') or '?'}: {counted(counts.get('listed', 0), 'image')} listed{without}"
     if kinds or deleted:
         yield f"  {'; '.join([', '.join(kinds), *deleted] if kinds else deleted)}"
     yield f"  {dealt_with(counts, record.get('copies') or 0, _left(record))}"
-    for reject in record.get("new_rejects", ()):
-        yield f"  rejected: {reject['id']}: {reject['reason']}"
+    named = record.get("new_rejects", ())
+    yield from (f"  rejected: {reject['id']}: {reject['reason']}" for reject in named)
+    more = changes.get("new_rejected", 0) + changes.get("corrupted", 0) - len(named)
+    if named and more > 0:
+        yield f"  and {more:,} more: featurepipe runs STORE --rejects"
     if counts.get("computed"):
         yield f"  {record.get('images_per_second') or 0:,.1f} img/s; {record.get('verdict', '')}"
 
@@ -278,6 +283,7 @@ def _since(run_id: str | None, runs: Mapping[str, Mapping[str, Any]]) -> Reject:
 
 
 _REJECTS_SHOWN = 20
+_SUFFIXES_SHOWN = 10
 _LISTED = 100
 """Rejects of a table; all are in its JSON form."""
 
@@ -291,6 +297,7 @@ def details_text(record: Mapping[str, Any], extractions: Sequence[Mapping[str, A
     """
     parts = [list(_head(record)), list(_plan(record.get("plan") or {})), list(image_lines(record))]
     parts.append(list(step_lines(record.get("steps") or ())))
+    parts.append(list(_passed_over([*extractions, record])))
     parts.append(list(_rejects([*extractions, record])))
     parts.append(list(_figures(record)))
     parts.append([f"warning: {text}" for text in record.get("warnings") or ()])
@@ -351,6 +358,15 @@ def _plan(plan: Mapping[str, Any]) -> Iterator[str]:
         yield f"limits: {', '.join(f'{name} {value}' for name, value in limits.items())}"
     if plan:
         yield f"steps: {', '.join(plan.get('steps', ())) or 'none'}"
+
+
+def _passed_over(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the source holds beside images; the same in each extraction of a run."""
+    listings = (record.get("listing") for record in records)
+    found: Mapping[str, int] = next((one["passed_over"] for one in listings if one and one.get("passed_over")), {})
+    if found:
+        named = first_names([f"{suffix} {count:,}" for suffix, count in found.items()], _SUFFIXES_SHOWN)
+        yield f"passed over: {counted(sum(found.values()), 'file')}: {named}"
 
 
 def _rejects(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:

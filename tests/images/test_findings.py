@@ -502,3 +502,8 @@ def test_the_same_table_has_the_same_classes_in_each_kind_of_manifest(tmp_path):
     listed = [told(open_source(tmp_path / name))[0] for name in ("a.csv", "b.parquet", "c.parquet", "d.jsonl")]
     assert [label for label, _ in listed[0].values()] == ["3", None, "1", "3"]
     assert listed[0] == listed[1] == listed[2] == listed[3]
+
+
+def test_hidden_files_are_told_beside_others(tmp_path):
+    root = files(tmp_path, "a.png", "b.txt", ".c", ".d")
+    assert told(open_source(root))[1].lines("pile")[1] == "pile: passed over 1 file: .txt 1, besides 2 hidden"

@@ -134,3 +134,14 @@ def test_features_are_handed_on_each_night(pile):
     assert (step["status"], step["result"]["text"]) == ("done", f"1 image, 1 gone, in vectors/{second['run_id']}")
     assert pq.read_table(folders[1])["id"].to_pylist() == ["new.png"]
     assert pq.read_table(folders[1] / "_deleted.parquet")["id"].to_pylist() == ["004.png"]
+
+
+def test_a_run_tells_what_was_passed_over_hidden_files_too(pile):
+    pile.fill(2)
+    for name in ("notes.txt", "more.txt", ".DS_Store"):
+        pile.write(name, b"x")
+    record = pile.run()
+    extractions = [run for run in pile.store.runs() if run["command"] == "extract"]
+    assert "\npassed over: 3 files: .txt 2, hidden 1\n" in details_text(record, extractions)
+    (listed,) = (entry for entry in record["steps"] if entry["step"] == "list")
+    assert listed["result"]["listing"]["passed_over"] == {".txt": 2, "hidden": 1}

@@ -80,6 +80,8 @@ def test_what_a_list_names_leaves_before_the_extraction_and_stays_away(listed):
     assert (found["text"], found["warnings"]) == (said, [])
     assert (step_of(second, "list")["result"]["listed"], step_of(second, "extract")["result"]["forgotten"]) == (6, 2)
     assert (second["counts"]["listed"], second["counts"]["computed"], second["changes"]["deleted"]) == (4, 0, 0)
+    assert second["forgotten"] == 2
+    assert "pile: 4 images listed, besides 2 forgotten images that stayed out\n" in summary_text(second)
     assert_gone(listed.store, gone)
     for run in listed.store.snapshot_ids("pile"):
         assert listed.store.snapshot("pile", run)["id"].to_pylist() == ["000.png", "002.png", "003.png", "005.png"]

@@ -66,6 +66,8 @@ def test_the_night_names_images_that_could_not_be_used_for_the_first_time(pile):
         pile.write(name, b"no image")
     second = pile.run()
     assert [reject["id"] for reject in second["new_rejects"]] == ["000.png", "bad1.png", "bad2.png"]
+    assert "\n  and 2 more: featurepipe runs STORE --rejects\n" in summary_text(second)
+    assert " more: " not in summary_text(first)
     reason = second["new_rejects"][0]["reason"]
     assert reason
     assert f"  rejected: 000.png: {reason}\n" in summary_text(second)
