@@ -37,6 +37,7 @@ from featurepipe.heads.statistics.regression import number_table
 from featurepipe.records import now
 from featurepipe.store import Space
 from featurepipe.training.fit import Calibration
+from featurepipe.training.splits import near_training
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.tuning import Search
 
@@ -296,6 +297,10 @@ def publish(
     )
     test = _tested_numbers if task.is_numeric else _tested_labels if task.is_multilabel else _tested
     tested = test(bundle, task)
+    features, division = task.features, task.division
+    near = None
+    if tested and features.groups is None and task.cost.cluster is None:
+        near = near_training(features, division.final, division.test, seed=task.seed)
     calibrated = asdict(calibration) if isinstance(calibration, Calibration) else calibration
     if tested and tested.get("untested"):
         say(untested_text(tested["untested"]))
@@ -321,6 +326,7 @@ def publish(
         "backbone": bundle.backbone["name"],
         "bottleneck": task.features.origin.bottleneck,
         **training,
+        **({} if near is None else {"test_near": near}),
         "test_left_out": 0 if task.is_multilabel else int((task.codes[task.division.test] < 0).sum()),
         "test_seen": int(bundle.was_trained_on(task.features.take(task.division.test).keys64).sum()),
         "calibration": calibrated,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featurepipe.display import counted, first_names, named_columns, size, table
+from featurepipe.display import counted, first_names, named_columns, share, size, table
 from featurepipe.heads.bundle.text import (
     interval_text,
     label_thresholds_text,
@@ -20,6 +20,7 @@ from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
 from featurepipe.heads.statistics.screening import screening_text
 from featurepipe.progress import spoken
+from featurepipe.training.splits import NEAR_SHARE
 
 _CLASSES_SHOWN = 10
 _MEASURES = {
@@ -60,8 +61,20 @@ def train_text(found: Mapping[str, Any]) -> str:
         lines += [said] if (said := label_thresholds_text(found["calibration"])) else []
     if "threshold" in found:
         lines.append(threshold_text(found["threshold"]))
-    lines += tested_lines(found)
+    lines += [*tested_lines(found), *_near_lines(found)]
     return "\n".join([*lines, *_bundle_lines(found), _next(found["bundle"])])
+
+
+def _near_lines(found: Mapping[str, Any]) -> list[str]:
+    """Says that many test images have near copies among the training images, if so."""
+    near = found.get("test_near")
+    if near is None or near["share"] < NEAR_SHARE:
+        return []
+    return [
+        f"{share(near['share'])} of the test images have a look-alike among the training images (cosine distance of at most "
+        f"{near['distance']:.2g}); if they are frames or views of one thing, the score is too good: name what belongs together "
+        "with --group COLUMN, or find it with featurepipe duplicates STORE --near auto --to FILE.csv and --group FILE.csv"
+    ]
 
 
 def _bundle_lines(found: Mapping[str, Any]) -> list[str]:

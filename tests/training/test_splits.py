@@ -1,6 +1,7 @@
 """Who trains and who checks: copies together, classes even, the user's own splits as they are."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,10 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from featurepipe.errors import UsageError
 from featurepipe.heads import make_head
 from featurepipe.heads.sampling import ALWAYS_TRAIN, fold_numbers, group_fold_numbers, larger_classes_first
-from featurepipe.training.splits import divide, folds_of
+from featurepipe.training import splits
+from featurepipe.training.splits import divide, folds_of, near_training
+from featurepipe.training.text import train_text
+from featurepipe.training.train import train
 
 
 @given(
@@ -214,5 +218,47 @@ def test_units_are_scikit_learns_groups(zoo):
     X, y = features.numpy()
     search = GridSearchCV(make_head("logistic"), {"head__C": [0.1, 1.0]}, cv=GroupKFold(3))
     assert search.fit(X, y, groups=features.units()).best_params_["head__C"] in (0.1, 1.0)
-    for train, test in GroupKFold(3).split(X, y, groups=features.units()):
-        assert not set(features.groups[train]) & set(features.groups[test])
+    for learned, tested in GroupKFold(3).split(X, y, groups=features.units()):
+        assert not set(features.groups[learned]) & set(features.groups[tested])
+
+
+def nearest_shares(features, train_rows, test_rows):
+    """By hand: the distance of near copies, and the share of test rows that have a training row so near."""
+    x = features.read(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    apart = 1 - x[test_rows] @ x.T
+    distance = np.median(apart[:, test_rows][np.triu_indices(len(test_rows), 1)]) / 15
+    return distance, (apart[:, train_rows].min(axis=1) <= distance).mean()
+
+
+def test_test_images_near_training_images_are_counted(zoo, monkeypatch):
+    zoo.write(zoo.images(None, 60))
+    features, found = division_of(zoo)
+    assert near_training(features, found.final, found.test, seed=0) is None  # three values tell nothing
+    monkeypatch.setattr(splits, "_NEAR_WIDTH", 1)
+    distance, expected = nearest_shares(features, found.final, found.test)
+    near = near_training(features, found.final, found.test, seed=0)
+    assert near == {"images": 36, "share": expected, "distance": pytest.approx(distance, rel=1e-4)}
+    assert 0.1 < expected < 1
+    assert near_training(features, found.final, found.test[:1], seed=0) is None
+    monkeypatch.setattr(splits, "_NEAR_SAMPLE", 20)
+    assert near_training(features, found.final, found.test, seed=0)["images"] == 20
+    monkeypatch.setattr(splits, "_NEAR_PRODUCTS", 20 * len(found.final) * features.shape[1] - 1)
+    assert near_training(features, found.final, found.test, seed=0) is None
+
+
+def test_train_says_that_near_copies_make_the_score_too_good_unless_there_are_groups(zoo, monkeypatch, tmp_path):
+    monkeypatch.setattr(splits, "_NEAR_WIDTH", 1)
+    rows = zoo.images(None, 60)
+    zoo.write(rows)
+    asked = {"nodes": ["a:gap", "b:gap"], "out": tmp_path / "bundle", "silent": True}
+    record = train(zoo.store, **asked)
+    features, found = division_of(zoo)
+    share = nearest_shares(features, found.final, found.test)[1]
+    assert record["test_near"]["share"] == share
+    assert f"{100 * share:.1f} % of the test images have a look-alike among the training images" in train_text(record)
+    assert "look-alike" not in train_text({**record, "test_near": {**record["test_near"], "share": 0.09}})
+    groups = [{"id": row.id, "group": f"g{place // 4}"} for place, row in enumerate(rows)]
+    grouped = train(zoo.store, **asked, labels=pa.Table.from_pylist(groups))
+    assert "test_near" not in grouped
+    assert "look-alike" not in train_text(grouped)
