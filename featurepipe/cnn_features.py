@@ -124,7 +124,7 @@ class CNNFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """Settles the network, the columns and the feature space.
 
         Args:
-            X: Images; the first of them serve to choose the precision, where that is ``auto``.
+            X: Images; some of them serve to choose the precision, where that is ``auto`` and the store holds none.
             y: Ignored.
 
         Raises:

@@ -21,6 +21,7 @@ from featurepipe.backbones import fusion
 from featurepipe.backbones.loading import Backbone
 from featurepipe.backbones.nodes import frozen_copy
 from featurepipe.backbones.pooling import Column, pool
+from featurepipe.display import counted
 from featurepipe.errors import UsageError, unknown
 from featurepipe.threads import pool_of
 
@@ -274,7 +275,14 @@ class _Pieces:
 
 
 WORST_COSINE = 0.999
-"""Reduced precision is kept only when every sample image's features agree with fp32 at least this well."""
+"""What reduced precision must keep to: of fewer than one image in 1,000 features agree with fp32 less than this."""
+
+DEMANDED_COSINE = 0.99995
+"""What every compared image must keep to for that: a twentieth of the allowed distance, as some images are far worse than most
+(figures in docs/decisions/auto-settings.md)."""
+
+ENOUGH_IMAGES = 128
+"""Images that are compared before reduced precision is kept; with fewer there is too little evidence, and little to gain."""
 
 
 @dataclass(frozen=True)
@@ -299,16 +307,23 @@ class PrecisionChoice:
         if self.tried is None:
             return "this device has no faster precision worth trying"
         if self.worst_cosine is None:
-            return f"there is no usable image to compare {self.tried} with fp32 on"
-        verdict = "kept" if self.precision == self.tried else f"not kept, the bound is {WORST_COSINE}; fp32 instead"
-        worst = _digits(self.worst_cosine)
-        return f"{self.tried} agrees with fp32 to a worst cosine of {worst} over {self.images} images: {verdict}"
+            return f"there are too few images to compare {self.tried} with fp32 on, {ENOUGH_IMAGES} are needed"
+        if self.precision == self.tried:
+            verdict = "kept"
+        elif self.worst_cosine >= DEMANDED_COSINE:
+            verdict = f"not kept, as {ENOUGH_IMAGES} images must agree; fp32 instead"
+        else:
+            verdict = f"not kept, the bound is {DEMANDED_COSINE}; fp32 instead"
+        worst, images = _digits(self.worst_cosine), counted(self.images, "image")
+        return f"{self.tried} agrees with fp32 to a worst cosine of {worst} over {images}: {verdict}"
 
 
 def _digits(cosine: float) -> str:
     """A cosine with as many digits as tell on which side of the bound it is, at least 5."""
     texts = (f"{cosine:.{digits}f}" for digits in range(5, 17))
-    return next((text for text in texts if (float(text) >= WORST_COSINE) == (cosine >= WORST_COSINE)), repr(cosine))
+    return next(
+        (text for text in texts if (float(text) >= DEMANDED_COSINE) == (cosine >= DEMANDED_COSINE)), repr(cosine)
+    )
 
 
 def reduced_precision(device: str) -> str | None:
@@ -329,35 +344,47 @@ def cpu_has_bf16() -> bool:
 def choose_precision(
     backbone: Backbone,
     columns: Sequence[Column],
-    sample: torch.Tensor,
+    sample: Iterable[torch.Tensor],
     device: str,
     *,
     tried: str | None = None,
     batch_size: int = 16,
+    enough: int = ENOUGH_IMAGES,
 ) -> tuple[PrecisionChoice, Engine | None]:
-    """Compares the device's reduced precision with fp32 on sample images.
+    """Compares the device's reduced precision with fp32 on sample images, until one differs too much or enough agree.
 
     Args:
         backbone: the network.
         columns: the columns whose features must agree.
-        sample: uint8 images (N, C, H, W), resized and cropped; N may be 0, which chooses fp32.
+        sample: batches of uint8 images (N, C, H, W), resized and cropped; no more are taken than are needed.
         device: where the network will run.
         tried: the reduced precision to compare; by default the device's own (`reduced_precision`).
         batch_size: as in `Engine`.
+        enough: images without which the reduced precision is not kept. After `ENOUGH_IMAGES` no more are compared.
 
     Returns:
-        The reduced precision where its worst cosine with fp32 is at least `WORST_COSINE`, else fp32; and the engine that
-        was built for the chosen precision, if one was, so that nobody builds it twice.
+        The reduced precision where there are enough images and the worst cosine with fp32, over these and all columns,
+        is at least `DEMANDED_COSINE`, else fp32; and the engine that was built for the chosen precision, if one was, so that
+        nobody builds it twice.
     """
     tried = tried or reduced_precision(device)
-    if tried is None or len(sample) == 0:
+    if tried is None:
+        return PrecisionChoice("fp32"), None
+    engines: dict[str, Engine] = {}
+    images, worst = 0, 1.0
+    for batch in sample:
+        for precision in ("fp32", tried) if not engines else ():
+            engines[precision] = Engine(backbone, columns, precision=precision, device=device, batch_size=batch_size)
+        expected, found = engines["fp32"](batch), engines[tried](batch)
+        worst = min(worst, *(worst_cosine(expected[name], found[name]) for name in expected))
+        images += len(batch)
+        if worst < DEMANDED_COSINE or images >= ENOUGH_IMAGES:
+            break
+    if not images:
         return PrecisionChoice("fp32", tried), None
-    exact = Engine(backbone, columns, precision="fp32", device=device, batch_size=batch_size)
-    quick = Engine(backbone, columns, precision=tried, device=device, batch_size=batch_size)
-    expected, found = exact(sample), quick(sample)
-    cosine = min(worst_cosine(expected[name], found[name]) for name in expected)
-    choice = PrecisionChoice(tried if cosine >= WORST_COSINE else "fp32", tried, cosine, len(sample))
-    return choice, quick if choice.precision == tried else exact
+    kept = worst >= DEMANDED_COSINE and images >= enough
+    choice = PrecisionChoice(tried if kept else "fp32", tried, worst, images)
+    return choice, engines[choice.precision]
 
 
 def worst_cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.backbones import Backbone, Column, load_backbone, parse_column
-from featurepipe.backbones.engine import NUMERICS, OPENVINO, PYTORCH
+from featurepipe.backbones.engine import ENOUGH_IMAGES, NUMERICS, OPENVINO, PYTORCH
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
@@ -23,7 +23,6 @@ from featurepipe.extraction.plan import KeySet, MissingColumns, Plan, forgotten_
 from featurepipe.features.loader import StageSeconds
 from featurepipe.features.options import AUTO
 from featurepipe.features.session import (
-    SAMPLE,
     LoadedNetwork,
     Sample,
     SampleContext,
@@ -338,14 +337,20 @@ def _with_engine(
 
 
 def precision_on(executor: Executor, session: Session, source: Source, listing: pa.Table) -> MeasurePrecision:
-    """Returns what compares precisions on the first images of a listing, where images will be computed."""
-    sample = Sample(listing, np.arange(listing.num_rows), SAMPLE)
+    """Returns what compares precisions on images from all over a listing, where images will be computed."""
+    sample = Sample(listing, spread(listing.num_rows, 4 * ENOUGH_IMAGES), ENOUGH_IMAGES)
 
     def measure(tried: str | None, intensity: str) -> tuple[str, str]:
         context = SampleContext.on(executor, session, source)
         return executor.once(measure_precision, (sample, tried, intensity), context=context)
 
     return measure
+
+
+def spread(rows: int, most: int) -> np.ndarray:
+    """At most so many of 0 ... rows - 1 at even distances, shuffled: any first ones are from all over; the same each time."""
+    even = np.arange(min(rows, most)) * rows // max(min(rows, most), 1)
+    return np.random.default_rng(0).permutation(even)
 
 
 def dataset_name(source_name: str) -> str:

@@ -8,10 +8,11 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,14 @@ import pyarrow as pa
 import torch
 
 from featurepipe.backbones import Backbone, Column, Preprocessing, load_backbone
-from featurepipe.backbones.engine import NUMERICS, PYTORCH, Engine, choose_precision, openvino_is_installed
+from featurepipe.backbones.engine import (
+    ENOUGH_IMAGES,
+    NUMERICS,
+    PYTORCH,
+    Engine,
+    choose_precision,
+    openvino_is_installed,
+)
 from featurepipe.errors import FeaturepipeError, Message, Reject, UsageError, WeightsNotFound, WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.features.loader import Decoder, Loader, StageSeconds
@@ -34,8 +42,8 @@ from featurepipe.images.scaling import ROUTES, Scaling
 from featurepipe.store import differences
 from featurepipe.store.space import canonical_json
 
-SAMPLE = 16
-"""Images on which precisions are compared."""
+AT_ONCE = 16
+"""Images that are decoded before precisions are compared on them: mostly the first ones tell that a precision will not do."""
 
 LARGEST_SOURCE = 4 * 1024 * 1024
 """Bytes of a source that travels to workers: paths and names are far below, a pile of arrays in memory is above."""
@@ -286,6 +294,14 @@ class SampleContext:
         about = session.backbone, session.machine
         return load_sample(self.source, sample.listing, *about, sample.rows, sample.images, intensity)
 
+    def batches(self, session: Session, sample: Sample, intensity: str) -> Generator[torch.Tensor, None, None]:
+        """The usable images, some at a time, as they are asked for: each uint8 (n, C, h, w)."""
+        machine = replace(session.machine, batch_size=min(session.machine.batch_size, AT_ONCE))  # reads less ahead
+        found = usable(self.source, sample.listing, session.backbone, machine, sample.rows, sample.images, intensity)
+        with closing(found):
+            while some := list(islice(found, AT_ONCE)):
+                yield torch.stack(some)
+
     def close(self) -> None:
         """Closes the source, in a process elsewhere that needs it no longer."""
         self.source.close()
@@ -363,10 +379,15 @@ def measure_precision(
     """
     sample, tried, intensity = asked
     with context.session.at(worker) as session:
-        images, device = context.load(session, sample, intensity), session.machine.device
-        choice, engine = choose_precision(
-            session.backbone, session.columns, images, device, tried=tried, batch_size=session.machine.batch_size
-        )
+        device, batch_size = session.machine.device, session.machine.batch_size
+        with closing(context.batches(session, sample, intensity)) as found:
+            enough = (
+                ENOUGH_IMAGES if tried is None else 1
+            )  # a store's precision is kept on few images, too, if all agree
+            batches = found if len(sample.rows) >= enough else ()
+            choice, engine = choose_precision(
+                session.backbone, session.columns, batches, device, tried=tried, batch_size=batch_size, enough=enough
+            )
         if engine is not None:
             session.network_here.engines[choice.precision, PYTORCH][frozenset(session.columns)] = engine
     return choice.precision, choice.reason
@@ -496,6 +517,22 @@ def loader_for(
     )
 
 
+def usable(
+    source: Source,
+    listing: pa.Table,
+    backbone: Backbone,
+    machine: Machine,
+    rows: np.ndarray,
+    images: int,
+    intensity: str,
+) -> Generator[torch.Tensor, None, None]:
+    """Yields the first usable images among ``rows``: uint8 (C, h, w), at most ``images`` of them."""
+    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, Decoding("cpu", intensity), StageSeconds())
+    with closing(loader.load(listing, rows[: 4 * images])) as batches:
+        found = (image.pixels for batch in batches for image in batch if image.pixels is not None)
+        yield from islice(found, images)
+
+
 def load_sample(
     source: Source,
     listing: pa.Table,
@@ -506,15 +543,5 @@ def load_sample(
     intensity: str,
 ) -> torch.Tensor:
     """The first usable images among ``rows``: uint8 (n, C, h, w) with n <= ``images``."""
-    found: list[torch.Tensor] = []
-    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, Decoding("cpu", intensity), StageSeconds())
-    with closing(loader.load(listing, rows[: 4 * images])) as batches:
-        for batch in batches:
-            found += [image.pixels for image in batch if image.pixels is not None]
-            if len(found) >= images:
-                break
-    return (
-        torch.stack(found[:images])
-        if found
-        else torch.zeros((0, *backbone.preprocessing.input_shape), dtype=torch.uint8)
-    )
+    found = list(usable(source, listing, backbone, machine, rows, images, intensity))
+    return torch.stack(found) if found else torch.zeros((0, *backbone.preprocessing.input_shape), dtype=torch.uint8)

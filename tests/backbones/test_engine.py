@@ -175,14 +175,15 @@ def test_precision_is_kept_only_where_it_agrees(monkeypatch):
     from featurepipe.backbones import engine as precision
 
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
-    resnet, lite = load_backbone("resnet18", "none"), load_backbone("efficientnet_lite0")
-    kept, engine = choose_precision(resnet, resnet.columns(["bottleneck"]), images(resnet, 3), "cpu")
-    refused, fallback = choose_precision(lite, lite.columns(["bottleneck"]), images(lite, 3), "cpu")
-    assert (kept.precision, engine.precision) == ("bf16", "bf16")
-    assert kept.worst_cosine >= WORST_COSINE
+    lite = load_backbone("efficientnet_lite0")
+    columns = lite.columns(["bottleneck"])
+    refused, fallback = choose_precision(lite, columns, [images(lite, 3)], "cpu", enough=3)
     assert (refused.precision, fallback.precision, refused.tried) == ("fp32", "fp32", "bf16")
     assert refused.worst_cosine < WORST_COSINE
     assert "not kept" in refused.reason
+    monkeypatch.setattr(precision, "DEMANDED_COSINE", refused.worst_cosine)
+    kept, engine = choose_precision(lite, columns, [images(lite, 3)], "cpu", enough=3)
+    assert (kept.precision, engine.precision, kept.images) == ("bf16", "bf16", 3)
 
 
 def test_without_a_faster_precision_or_an_image_fp32_is_taken(monkeypatch):
@@ -190,9 +191,9 @@ def test_without_a_faster_precision_or_an_image_fp32_is_taken(monkeypatch):
 
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
     lenet = load_backbone("lenet5", "none")
-    assert choose_precision(lenet, lenet.columns([]), images(lenet, 4), "cpu") == (PrecisionChoice("fp32"), None)
+    assert choose_precision(lenet, lenet.columns([]), [images(lenet, 4)], "cpu") == (PrecisionChoice("fp32"), None)
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
-    assert choose_precision(lenet, lenet.columns([]), images(lenet, 0), "cpu")[0].precision == "fp32"
+    assert choose_precision(lenet, lenet.columns([]), [], "cpu")[0].precision == "fp32"
 
 
 def test_worst_cosine_by_hand():

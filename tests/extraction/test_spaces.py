@@ -227,6 +227,8 @@ def test_auto_takes_fp32_where_reduced_precision_disagrees(album, run, network, 
     from featurepipe.backbones import engine as precision
 
     monkeypatch.setattr(precision, "reduced_precision", lambda _device: "bf16")
+    monkeypatch.setattr(precision, "DEMANDED_COSINE", 0.999)  # more than the small network of tests can keep to
+    monkeypatch.setattr(session_module, "ENOUGH_IMAGES", 3)
     spec = network(
         lambda source: source.replace("self.norm(self.conv(x))", "self.norm(self.conv(x) + 300) * 100")
         .replace("net.norm.running_mean.uniform_(-0.5, 0.5)", "net.norm.running_mean.fill_(300.0)")
@@ -434,3 +436,38 @@ def test_engine_is_only_built_when_there_is_something_to_compute(album, run, mon
     run(album.root)
     monkeypatch.setattr(Engine, "__init__", lambda *_args, **_options: pytest.fail("built for nothing"))
     assert run(album.root)["counts"]["known"] == 3
+
+
+def test_precisions_are_compared_on_images_from_all_over_the_listing():
+    rows = prepare.spread(100_000, 512)
+    assert len(set(rows.tolist())) == 512
+    assert np.diff(np.sort(rows)).min() >= 195
+    first = np.sort(rows[:128])  # those that are taken if all can be used
+    assert np.histogram(first, bins=4, range=(0, 100_000))[0].min() >= 20
+    np.testing.assert_array_equal(prepare.spread(100_000, 512), rows)
+    assert sorted(prepare.spread(5, 512)) == [0, 1, 2, 3, 4]
+    assert prepare.spread(0, 512).tolist() == []
+
+
+def test_too_few_images_are_not_compared_and_give_fp32(album, run, monkeypatch):
+    from featurepipe.backbones import engine
+
+    monkeypatch.setattr(engine, "reduced_precision", lambda _device: "bf16")
+    settings = run(album.root, precision="auto")["settings"]["precision"]
+    assert settings["value"] == "fp32"
+    assert settings["why"] == "there are too few images to compare bf16 with fp32 on, 128 are needed"
+
+
+def test_images_are_decoded_only_as_long_as_precisions_agree(album, run, monkeypatch):
+    album.fill(60)
+    given = []
+
+    def three_batches(_backbone, _columns, batches, _device, **_options):
+        given.extend(len(next(batches)) for _ in range(3))
+        return PrecisionChoice("fp32", "bf16", 0.9, 48), None
+
+    monkeypatch.setattr(session_module, "choose_precision", three_batches)
+    monkeypatch.setattr(session_module, "ENOUGH_IMAGES", 50)
+    record = run(album.root, precision="auto")
+    assert given == [16, 16, 16]
+    assert "over 48 images: not kept" in record["settings"]["precision"]["why"]
