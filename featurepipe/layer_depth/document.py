@@ -39,7 +39,8 @@ SCORED_IMAGES = 5000
 def details(study: Study, series: Series, executor: Executor | None = None) -> dict[str, Any]:
     """Measures of every image as the first seed's folds test it, by a head that has not seen it: here, and elsewhere.
 
-    Images of the other source are asked about once, too, of one head that has not seen the image of equal id.
+    Images of the other source are asked about once, too, of one head that has not seen the image of equal id. Where images have
+    groups, intervals are of so many independent groups, as those of ``train`` and ``evaluate`` are.
 
     Args:
         study: what is compared on what.
@@ -65,18 +66,16 @@ def details(study: Study, series: Series, executor: Executor | None = None) -> d
     tests = [study.folds[number].test for number in first]
     tested = np.concatenate(tests)
 
-    def table(likely: Any, codes: Any, ids: Any, *, calibrated: bool) -> dict[str, Any]:
-        metrics = {**score_table(likely, codes, list(study.classes), ids=ids), "calibrated": calibrated}
+    def table(likely: Any, codes: Any, images: Any) -> dict[str, Any]:
+        scored = score_table(likely, codes, list(study.classes), ids=images.ids, groups=images.groups)
+        metrics = {**scored, "calibrated": len(tests) > 1}
         return {"column": "+".join(series.columns), "head": series.head, "metrics": metrics}
 
     own, temperature = _calibrated(scores, data.truth, tests)
-    calibrated = len(tests) > 1
     there_likely = probabilities(shifted, temperature)
     return {
-        "details": table(own[tested], data.truth[tested], study.images.ids[tested], calibrated=calibrated),
-        "details_shifted": None
-        if there is None
-        else table(there_likely, data.shifted_truth, there.images.ids, calibrated=calibrated),
+        "details": table(own[tested], data.truth[tested], study.images.take(tested)),
+        "details_shifted": None if there is None else table(there_likely, data.shifted_truth, there.images),
     }
 
 
@@ -258,7 +257,8 @@ def document(
     progress.advance(1)
     scores = journal.finding(study.key_without_folds(names, what="transferability"), lambda: transferability(study))
     progress.advance(1)
-    detailed = study.key(PRETRAINED, chosen.columns, what="details", head=chosen.head, names=study.names)
+    grouped = {"groups": study.groups} if study.groups else {}  # journals of before took such images as independent
+    detailed = study.key(PRETRAINED, chosen.columns, what="details", head=chosen.head, names=study.names, **grouped)
     between = answers.differences(study, measured)
     there = study.elsewhere
     whole = {
@@ -276,6 +276,7 @@ def document(
         "measure": study.measure,
         "classes": list(study.classes),
         "images": len(study.images),
+        "groups": study.groups,
         "counts": {
             "shifted": len(there.rows) if there else 0,
             "shifted_of_equal_id": there.twins if there else 0,

@@ -16,6 +16,7 @@ from featurepipe.annotations import check_classes, column_named
 from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, StoreError, UsageError
 from featurepipe.heads.families import SHARED_PASSES
+from featurepipe.heads.statistics.intervals import units_of
 from featurepipe.layer_depth.folds import (
     ENOUGH_TO_CHOOSE,
     LEFT_OUT,
@@ -338,6 +339,12 @@ class Study:
     def units(self) -> npt.NDArray[np.uint64]:
         """(n,) what counts as one image in intervals: an image and its copies, or a group."""
         return self.images.units()
+
+    @property
+    def groups(self) -> int | None:
+        """How many groups the images are of, one without a group counting as its own; None where they have none."""
+        names = self.images.groups
+        return None if names is None else int(units_of(names, len(names)).max()) + 1
 
     @property
     def test_share(self) -> float:

@@ -134,8 +134,8 @@ def _elsewhere(found: Mapping[str, Any] | None) -> str:
         f", {same:,} of them only by those that have not seen the image of equal id" if same else ""
     )
     return (
-        f"on {found['dataset']}: {_interval(found)}; {found['images']:,} images, each tested by {heads}; best there is "
-        f"{found['best']}, {found['best_value']:.4f}"
+        f"on {found['dataset']}: {_interval(found)}; {found['images']:,} images, each tested by {heads}, the mean over those "
+        f"heads; best there is {found['best']}, {found['best_value']:.4f}"
     )
 
 
@@ -190,10 +190,15 @@ def _columns(found: Mapping[str, Any]) -> str:
     tested = f"{how['folds']} folds" if how["folds"] else "the split test"
     title = (
         f"{found['backbone']['name']} on {found['dataset']}: "
-        f"{what_of(found['images'], found['classes'], found.get('target_type', 'multiclass'))}, "
+        f"{what_of(found['images'], found['classes'], found.get('target_type', 'multiclass'))}{_groups(found)}, "
         f"{tested}, {_seeds(how['seeds'])}; {measure_of(found).word} with its 95 % interval"
     )
     return f"{title}\n{table(header, rows)}"
+
+
+def _groups(found: Mapping[str, Any]) -> str:
+    """How many groups the images are of, which intervals count instead of images."""
+    return f" in {counted(found['groups'], 'group')}" if found.get("groups") else ""
 
 
 def _series_title(head: str, network: str, tested_on: str, other: str | None) -> str:

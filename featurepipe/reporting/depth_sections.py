@@ -39,6 +39,10 @@ _NODES = (
     "Nodes in the order in which the network computes them, with 95\u00a0% intervals; differences are to the head's {} "
     "node{}, on the same folds"
 )
+_ONCE = (
+    "Counted below is one answer for each image, by one head that has not learned from the image of equal id or its group. Above "
+    "it is the mean over all such heads, of every fold and seed, so that the two differ a little."
+)
 _COST: Sequence[Column] = (
     ("share of cost", lambda node: TableCell(percent(node.get("cost"), 0), finite(node.get("cost")))),
     ("ms per image", lambda node: TableCell(milliseconds(node.get("ms_per_image")), finite(node.get("ms_per_image")))),
@@ -206,7 +210,8 @@ def elsewhere_section(document: Document, images: Mapping[str, str], paint: Pain
     if table is None and not metrics:
         return None
     sentence = _elsewhere((document.get("recommended") or {}).get("elsewhere"))
-    blocks: list[Block | None] = [Prose((sentence,)) if sentence else None, table, *errors(metrics, paint)]
+    once = Prose((_ONCE,)) if sentence and metrics else None
+    blocks: list[Block | None] = [Prose((sentence,)) if sentence else None, table, once, *errors(metrics, paint)]
     title = f"On {document.get('test_dataset') or 'the other source'}"
     return Section("elsewhere", title, [block for block in (*blocks, *worst(metrics, images)) if block])
 
@@ -264,7 +269,7 @@ def _elsewhere(there: Document | None) -> str:
     return (
         f"On {there['dataset']} it has {reached}{_in_brackets(there, 'over images')}; the best "
         f"node there is {there['best']} with {measure.text(there.get('best_value'))}. "
-        f"{count(there.get('images'))} images were tested, each by every fold's head{unseen}."
+        f"{count(there.get('images'))} images were tested, each by every fold's head{unseen}; this is the mean over those heads."
     )
 
 
@@ -288,11 +293,11 @@ def _what_of(document: Document) -> str:
     both = (document.get("recommended") or {}).get("low") is not None and document.get("details")
     if not both or not (document.get("settings") or {}).get("folds"):
         return ""
-    word = measure_of(document).word
+    word, units = measure_of(document).word, "groups" if document.get("groups") else "images"
     return (
         f"The interval above says how far the {word} may move with other images, to learn from and to test on: it is "
-        "that over folds and seeds, or that over the tested images if it is wider. The interval under Measures says less: how "
-        "far it may move with other test images, for the heads of one round of folds as they are."
+        f"that over folds and seeds, or that over the tested {units} if it is wider. The interval under Measures says less: how "
+        f"far it may move with other test {units}, for the heads of one round of folds as they are."
     )
 
 
@@ -331,12 +336,17 @@ def _images_of(document: Document) -> str:
     return f"{images} images of {count(len(classes))} classes"
 
 
+def _groups_of(document: Document) -> str:
+    groups = document.get("groups")
+    return f" in {counted(groups, 'group')}, which count in intervals instead of images" if groups else ""
+
+
 def _asked(document: Document) -> str:
     settings, backbone = document.get("settings") or {}, document.get("backbone") or {}
     heads = ", ".join(map(str, settings.get("heads") or []))
     kept = (document.get("damaged") or {}).get("kept")
     parts = [
-        _images_of(document),
+        _images_of(document) + _groups_of(document),
         f"{count(len(document.get('columns') or []))} nodes of {backbone.get('name', 'the network')}"
         + (f" with weights {backbone['weights']}" if backbone.get("weights") else ""),
         f"{'heads' if ',' in heads else 'head'} {heads}" if heads else "",

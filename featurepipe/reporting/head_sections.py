@@ -316,8 +316,16 @@ def _measures(metrics: Document) -> Table | None:
         return None
     images = f" on {count(metrics['images'])} images" if finite(metrics.get("images")) else ""
     return Table(
-        f"Measures{images}", ("Measure", "Value", "95\u00a0% interval over test images"), tuple(rows), sortable=False
+        f"Measures{images}{_of_groups(metrics)}", ("Measure", "Value", _over(metrics)), tuple(rows), sortable=False
     )
+
+
+def _of_groups(metrics: Document) -> str:
+    return f", {counted(metrics['groups'], 'group')}" if metrics.get("groups") else ""
+
+
+def _over(metrics: Document) -> str:
+    return f"95\u00a0% interval over {'groups' if metrics.get('groups') else 'test images'}"
 
 
 def _measures_of(metrics: Document, titles: Mapping[str, str]) -> Table:
@@ -334,10 +342,8 @@ def _measures_of(metrics: Document, titles: Mapping[str, str]) -> Table:
             )
             cell = TableCell(bounds or str(found.get("reason", "")))
             rows.append((TableCell(words), TableCell(value, finite(found["value"])), cell))
-    of = f", {count(metrics['groups'])} groups" if metrics.get("groups") else ""
-    caption = f"Measures on {count(metrics.get('images'))} images{of}"
-    over = "groups" if metrics.get("groups") else "test images"
-    return Table(caption, ("Measure", "Value", f"95\u00a0% interval over {over}"), tuple(rows), sortable=False)
+    caption = f"Measures on {count(metrics.get('images'))} images{_of_groups(metrics)}"
+    return Table(caption, ("Measure", "Value", _over(metrics)), tuple(rows), sortable=False)
 
 
 def _labels(metrics: Document) -> Table:

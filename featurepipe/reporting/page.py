@@ -201,7 +201,7 @@ def _depth_facts(document: Document) -> dict[str, Any]:
         "Settings": document.get("settings"),
         "Data": {
             name: document[name]
-            for name in ("dataset", "test_dataset", "images", "counts", "damaged", "classes")
+            for name in ("dataset", "test_dataset", "images", "groups", "counts", "damaged", "classes")
             if name in document
         },
         "Network": {

@@ -1,9 +1,11 @@
 """Images of another source are tested only by heads that have not learned from the image of equal id."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from featurepipe.errors import UsageError
+from featurepipe.heads.statistics import intervals
 from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.document import details
 from featurepipe.layer_depth.measure import Series
@@ -138,6 +140,25 @@ def test_details_elsewhere_are_of_those_heads(study, ids):
     assert {one["id"] for one in there["metrics"]["mistakes"]["most_confident"]} == wrong
     own = found["details"]["metrics"]
     assert own["accuracy"]["value"] == pytest.approx(np.concatenate([cell.contributions for cell in cells]).mean())
+
+
+def test_details_of_grouped_images_have_intervals_of_so_many_groups(album):
+    fingerprint = album.write("zoo", features(), LABELS)
+    album.write("away", features(1, 12), LABELS[:12], ids=[f"{row}.png" for row in range(100, 112)])
+    groups = [f"g{row // 6}{row % 3}" for row in range(COUNT)]  # two images of one class each
+    labels = pa.table({"id": [f"{row}.png" for row in range(COUNT)], "label": LABELS, "group": groups})
+    given = album.study("zoo", fingerprint, COLUMNS, shifted="away", labels=labels, folds=3)
+    cells = [measure_fold(given.data(PRETRAINED, ["a:gap"]), fold, ["knn"])[0] for fold in given.folds]
+    metrics = details(given, Series(PRETRAINED, ("a:gap",), "knn", cells))["details"]["metrics"]
+    assert (given.groups, metrics["groups"], metrics["images"]) == (12, 12, 24)
+    accuracy = metrics["accuracy"]
+    assert accuracy["low"] < intervals.proportion(accuracy["value"], COUNT)[0]  # 24 independent images would be more
+    assert accuracy["low"] >= intervals.proportion(accuracy["value"], 8)[0]
+    assert (metrics["ece"]["low"], metrics["ece"]["reason"]) == (
+        None,
+        "no interval: none is known that holds for groups",
+    )
+    assert album.study("zoo", fingerprint, COLUMNS).groups is None
 
 
 def test_without_another_source_there_are_no_details_of_it(album):

@@ -62,7 +62,7 @@ def test_the_answer_comes_first():
         "rule: the rule",
         "not told apart from b:gap: a:gap",
         "on away: 0.6000 (0.550 to 0.650); 7 images, each tested by every head, 4 of them only by those that have not seen the "
-        "image of equal id; best there is b:gap, 0.7000",
+        "image of equal id, the mean over those heads; best there is b:gap, 0.7000",
         "use it: featurepipe train features --dataset album --node recommended --head knn --tune --out BUNDLE",
     ]
 
@@ -181,3 +181,8 @@ def test_an_estimate_of_fits_is_as_many_times_that_of_one():
     assert 10 < once["measure"] < 60  # ten fits of a second or more each, on one core
     unknown = outlook(Protocol(["xgboost"], 5, 1), columns, networks=1, images=420, classes=7, jobs=1)
     assert set(unknown.values()) == {None}
+
+
+def test_the_number_of_groups_stands_beside_that_of_images():
+    assert "lenet5 on album: 1,200 images of 2 classes in 143 groups, 5 folds, 3 seeds;" in text(changed(groups=143))
+    assert "lenet5 on album: 1,200 images of 2 classes, 5 folds" in text(DOCUMENT)

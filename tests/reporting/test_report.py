@@ -105,7 +105,7 @@ def test_the_other_source_has_its_table_and_where_known_its_errors(document, pla
     told = (
         "On emoji-outlined it has 72.0\u00a0% right (95\u00a0% interval 70.0 to 74.0\u00a0% over images); the best node there is "
         f"{COLUMN} with 73.0\u00a0%. 360 images were tested, each by every fold's head, 69 of them only by those that have "
-        "not seen the image of equal id."
+        "not seen the image of equal id; this is the mean over those heads."
     )
     assert page.texts["p"].count(told) == 2  # in the answer, and where the other source is
     assert "per image on cpu, fp32, while 41\u00a0% of the time was waiting for a core" in html
@@ -166,6 +166,25 @@ def test_two_intervals_of_one_accuracy_say_of_what_they_are(plain, document, tmp
     assert "flatten is the network&#39;s bottleneck." in split
     assert "(95\u00a0% interval 91.1 to 91.6\u00a0% over test images)" in split
     assert "The interval under Measures says less" not in split
+
+
+def test_measures_of_grouped_images_say_of_how_many_groups(document, tmp_path, parsed):
+    document["groups"] = document["details"]["metrics"]["groups"] = 143
+    html = page_of(document, tmp_path)
+    assert ["Measure", "Value", "95\u00a0% interval over groups"] in parsed(html).cells
+    assert "Measures on 1,180 images, 143 groups" in html
+    assert "in 143 groups, which count in intervals instead of images" in html
+    assert "how far it may move with other test groups" in html
+
+
+def test_two_accuracies_elsewhere_say_what_each_is(document, tmp_path):
+    there = {"dataset": "away", "images": 91, "of_equal_id": 0, "accuracy": 0.5363, "low": 0.44, "high": 0.63,
+             "best": COLUMN, "best_accuracy": 0.5363}  # fmt: skip
+    document["recommended"]["elsewhere"] = there
+    document["test_dataset"], document["details_shifted"] = "away", document["details"]
+    html = page_of(document, tmp_path)
+    assert "91 images were tested, each by every fold&#39;s head; this is the mean over those heads." in html
+    assert "Counted below is one answer for each image, by one head" in html
 
 
 def test_confusions_classes_and_mistakes(whole, parsed):
