@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, Protocol, Self, TypeGuard, TypeVar, runtime_checkable
 
@@ -228,23 +229,32 @@ class RowThreads:
 
     Args:
         wanted: Whether it pays; without, everything is done in the caller's thread.
+        products: Whether products take threads of their own where pieces do not, since they are large.
     """
 
-    def __init__(self, *, wanted: bool) -> None:
+    def __init__(self, *, wanted: bool, products: bool = False) -> None:
         self.count = blas_threads() if wanted else 1
         self._pool: ThreadPoolExecutor | None = None
+        self._outside = 0
+        self._products: AbstractContextManager[None] = one_blas_thread.lifted() if products else nullcontext()
 
     def __enter__(self) -> Self:
         if self.count > 1:
             one_blas_thread.__enter__()
+            self._outside, one_blas_thread.outside = one_blas_thread.outside, 1  # none is left for others within
             self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="rows")
+        else:
+            self._products.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+            one_blas_thread.outside = self._outside
             one_blas_thread.__exit__()
+        else:
+            self._products.__exit__(None, None, None)
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Yields items with their results in the order of the items, which are taken as threads become free."""
@@ -273,35 +283,71 @@ class RowThreads:
 
 
 def blas_threads() -> int:
-    """How many threads a matrix product may use here and now; 1 where nothing tells."""
+    """How many threads a matrix product may use here and now, or might outside of `one_blas_thread`; 1 where nothing tells."""
+    return one_blas_thread.outside or _blas_threads()
+
+
+def _blas_threads() -> int:
     return max((int(library.num_threads) for library in _blas().lib_controllers), default=1)
 
 
-@cache
 def _blas() -> ThreadpoolController:
+    return _libraries_of("scipy.linalg" in sys.modules)  # which brings one of its own
+
+
+@cache
+def _libraries_of(scipy: bool) -> ThreadpoolController:  # noqa: ARG001
     return ThreadpoolController().select(user_api="blas")  # looking for libraries takes milliseconds
 
 
 class _OneBlasThread:
     """A context in which products take one thread each; it may be entered again, since the number is the whole process's.
 
-    For products of some milliseconds, for which threads would wait for each other more than they work.
+    For products of some milliseconds, for which threads would wait for each other more than they work; and for what comes
+    between pieces of rows, since OpenBLAS's threads keep their cores for some 30 ms after each product.
     """
 
-    _lock, _inside = threading.Lock(), 0
-    _limit: Any = None
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._limit: Any = None
+        self._here = threading.local()
+
+    @property
+    def outside(self) -> int:
+        """How many threads products have outside of it, if the thread that asks has entered it; else 0."""
+        return int(getattr(self._here, "outside", 0))
+
+    @outside.setter
+    def outside(self, count: int) -> None:
+        self._here.outside = count
 
     def __enter__(self) -> None:
         with self._lock:
+            depth = getattr(self._here, "depth", 0)
+            if not depth:
+                self.outside = _blas_threads()
             if not self._inside:
                 self._limit = _blas().limit(limits=1, user_api="blas")
             self._inside += 1
+            self._here.depth = depth + 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
+            self._here.depth -= 1
+            if not self._here.depth:
+                self.outside = 0
             if not self._inside:
                 self._limit.restore_original_limits()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """As many threads as outside, for a large product or a factor within."""
+        if self.outside <= 1:
+            yield
+            return
+        with _blas().limit(limits=self.outside, user_api="blas"):
+            yield
 
 
 one_blas_thread = _OneBlasThread()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
@@ -20,6 +21,7 @@ from featurepipe.heads.blocks import (
     is_blocks,
     iterate,
     labels_of,
+    one_blas_thread,
     rows_per_block,
     widened,
     working_dtype,
@@ -165,7 +167,7 @@ def test_products_take_one_thread_while_any_rows_are_worked_on_and_what_they_had
         outer.__enter__()
         inner.__enter__()
         outer.__exit__()  # another thread of the process may end first
-        assert blas_threads() == 1
+        assert _threads_of_products() == 1
         inner.__exit__()
         assert blas_threads() == 2
 
@@ -175,3 +177,30 @@ def test_products_take_one_thread_while_any_rows_are_worked_on_and_what_they_had
         with pytest.raises(ValueError, match="0"), RowThreads(wanted=True) as threads:
             list(threads.map(fail, range(9)))
         assert blas_threads() == 2
+
+
+def test_rows_have_all_threads_where_products_between_them_have_one():
+    with threadpool_limits(2, user_api="blas"), one_blas_thread:
+        assert _threads_of_products() == 1
+        assert blas_threads() == 2
+        with RowThreads(wanted=True) as threads:
+            assert threads.count == 2
+            assert _threads_of_products() == 1
+            assert RowThreads(wanted=True).count == 1  # none is left
+        with RowThreads(wanted=False, products=True):
+            assert _threads_of_products() == 2
+        with one_blas_thread.lifted():
+            assert _threads_of_products() == 2
+        assert _threads_of_products() == 1
+
+
+def test_another_thread_has_no_more_than_products_have():
+    with threadpool_limits(2, user_api="blas"), one_blas_thread, ThreadPoolExecutor(1) as other:
+        assert other.submit(blas_threads).result() == 1
+    with threadpool_limits(2, user_api="blas"):
+        assert blas_threads() == 2
+
+
+def _threads_of_products():
+    numpys = [one for one in threadpool_info() if "numpy" in one["filepath"] and one["user_api"] == "blas"]
+    return numpys[0]["num_threads"]

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import get_lapack_funcs
 
+from featurepipe.heads.blocks import one_blas_thread
 from featurepipe.heads.linear.losses import Penalty
 
 Array = npt.NDArray[Any]
@@ -89,13 +90,15 @@ class JointPreconditioner:
         scales = self._scales.astype(DTYPE)
         matrix *= scales[:, None]
         matrix *= scales
-        self._factor = _factor(matrix)
+        with one_blas_thread.lifted():
+            self._factor = _factor(matrix)
 
     def __call__(self, gradient: Array) -> Array:
         """Returns the (K, size) solution, float64, for a gradient whose columns sum to zero."""
         [solve] = get_lapack_funcs(("potrs",), (self._factor,))
         scaled = gradient[:-1].ravel() * self._scales
-        solved, _ = solve(self._factor, scaled.astype(DTYPE), lower=False)
+        with one_blas_thread.lifted():
+            solved, _ = solve(self._factor, scaled.astype(DTYPE), lower=False)
         found = np.zeros((self._classes, self._size))
         found[:-1] = (solved * self._scales).reshape(self._classes - 1, self._size)
         return np.asarray(found - found.mean(axis=0))

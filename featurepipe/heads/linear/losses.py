@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import get_lapack_funcs
 
-from featurepipe.heads.blocks import RowThreads
+from featurepipe.heads.blocks import RowThreads, one_blas_thread
 
 Array = npt.NDArray[Any]
 Codes = npt.NDArray[np.integer[Any]]
@@ -395,9 +395,10 @@ class CholeskyPreconditioner:
         """Factorises ``C * sums + penalty``; overwrites the (K, size, size) sums."""
         diagonals = C * np.diagonal(sums, axis1=1, axis2=2).astype(np.float64) + penalty.diagonal
         self._scales = 1 / np.sqrt(np.where(diagonals > 0, diagonals, 1))  # to a diagonal of ones
-        for matrix, scale in zip(sums, self._scales, strict=True):
-            _scale_and_add(matrix, C, scale, penalty)
-            _invert_factor(matrix)
+        with one_blas_thread.lifted():  # LAPACK holds Python's lock: threads of ours would wait for each other
+            for matrix, scale in zip(sums, self._scales, strict=True):
+                _scale_and_add(matrix, C, scale, penalty)
+                _invert_factor(matrix)
         self._inverses = sums
 
     def __call__(self, gradient: Array) -> Array:

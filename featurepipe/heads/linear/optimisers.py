@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featurepipe.heads.blocks import one_blas_thread
+
 Vector = npt.NDArray[np.float64]
 Precondition = Callable[[Vector], Vector]
 
@@ -75,23 +77,24 @@ Optimiser = Generator[Evaluate, Evaluation, Optimum]
 def run(
     optimisers: Sequence[Optimiser], evaluate: Callable[[list[int], list[Evaluate]], list[Evaluation]]
 ) -> list[Optimum]:
-    """Runs optimisers to their ends.
+    """Runs optimisers to their ends; what they compute between evaluations is small, and takes one thread.
 
     Args:
         optimisers: Generators that have not started.
         evaluate: Gets the numbers of the optimisers still alive and their requests; returns their evaluations.
     """
     optima: dict[int, Optimum] = {}
-    requests = {number: next(optimiser) for number, optimiser in enumerate(optimisers)}
-    while requests:
-        evaluations = evaluate(list(requests), list(requests.values()))
-        alive: dict[int, Evaluate] = {}
-        for number, found in zip(requests, evaluations, strict=True):
-            try:
-                alive[number] = optimisers[number].send(found)
-            except StopIteration as stop:
-                optima[number] = stop.value
-        requests = alive
+    with one_blas_thread:
+        requests = {number: next(optimiser) for number, optimiser in enumerate(optimisers)}
+        while requests:
+            evaluations = evaluate(list(requests), list(requests.values()))
+            alive: dict[int, Evaluate] = {}
+            for number, found in zip(requests, evaluations, strict=True):
+                try:
+                    alive[number] = optimisers[number].send(found)
+                except StopIteration as stop:
+                    optima[number] = stop.value
+            requests = alive
     return [optima[number] for number in range(len(optimisers))]
 
 

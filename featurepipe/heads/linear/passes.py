@@ -343,7 +343,7 @@ def principal_basis(prepared: Prepared, memory: int | str | None = None) -> Arra
 
 def _rotated(points: Array, basis: Array) -> Array:
     """Points in a basis, in one thread where that takes milliseconds."""
-    with one_blas_thread if len(points) * len(basis) <= _ALONE_VALUES else nullcontext():
+    with one_blas_thread if len(points) * len(basis) <= _ALONE_VALUES else one_blas_thread.lifted():
         return np.asarray(points @ basis)
 
 

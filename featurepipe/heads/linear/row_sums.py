@@ -143,7 +143,7 @@ class Order:
         columns, width = self.at.coefficients.shape
         threads = RowThreads(wanted=4 * blocks.shape[0] * columns * width >= _WORTH_FLOPS)
         if (threads.count + 2) * columns * width * self.dtype.itemsize > _PARTIAL_BYTES:
-            return RowThreads(wanted=False)
+            return RowThreads(wanted=False, products=True)
         return threads
 
     def _pieces(self, blocks: Blocks) -> Iterator[Piece]:
