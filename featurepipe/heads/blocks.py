@@ -23,8 +23,6 @@ Array = npt.NDArray[Any]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 BLOCK_BYTES = 16 << 20  # larger blocks gain nothing, smaller ones cost matrix products their speed
-ONE_THREAD_VALUES = 5_000_000
-"""Values (rows times columns) up to which one BLAS thread fits a head sooner than several."""
 _CHUNK = 1 << 16  # values converted at once: they stay in the core's cache
 _EXPONENT = np.int16(0x7C00)  # of a float16
 _SIGN_AND_REST = np.int32(-0x70002000)  # the bits of a shifted float16, without the copies of its sign

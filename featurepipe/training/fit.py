@@ -16,7 +16,6 @@ from threadpoolctl import threadpool_limits
 
 from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, unknown
-from featurepipe.heads.blocks import ONE_THREAD_VALUES
 from featurepipe.heads.calibration import (
     calibrated_labels,
     class_scores,
@@ -48,6 +47,9 @@ INTERVAL_LEVEL = 0.9
 
 ENOUGH = 100
 """Validation images below which a temperature is rough."""
+
+ONE_THREAD_VALUES = 5_000_000
+"""Values (rows times columns) up to which one BLAS thread fits a head sooner than several."""
 
 
 @dataclass(frozen=True)

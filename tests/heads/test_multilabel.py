@@ -430,21 +430,3 @@ def test_it_is_refitted_and_used_like_any_estimator():
     with pytest.raises(ValueError, match="X has 3 features"):
         MultilabelRidge().fit(X, Y).predict(X[:, :3])
     assert label_matrix(MultilabelRidge(), X, Y).known is None
-
-
-def test_small_fits_keep_to_one_thread_of_blas_whoever_calls(monkeypatch):
-    seen, run, blas_threads = [], multilabel.run, heads_blocks.blas_threads
-    monkeypatch.setattr(multilabel, "run", lambda *given: (seen.append(blas_threads()), run(*given))[1])
-    features = np.random.default_rng(0).standard_normal((60, 5))
-    truth = (features[:, :2] > 0).astype(float)
-    with threadpool_limits(2, user_api="blas"):
-        if blas_threads() < 2:
-            pytest.skip("BLAS has one thread here")
-        small = MultilabelLogisticRegression().fit(features, truth)
-        assert set(seen) == {1}
-        monkeypatch.setattr(multilabel, "ONE_THREAD_VALUES", features.size - 1)
-        seen.clear()
-        large = MultilabelLogisticRegression().fit(features, truth)
-        assert set(seen) == {2}
-        assert blas_threads() == 2
-    np.testing.assert_allclose(small.coef_, large.coef_, atol=1e-9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
@@ -15,7 +14,7 @@ from sklearn.base import clone
 
 from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import ONE_THREAD_VALUES, Array, ArrayBlocks, Blocks, one_blas_thread
+from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, one_blas_thread
 from featurepipe.heads.inputs import Floats, linear_scores
 from featurepipe.heads.label_matrix import LabelMatrix, MultilabelClassifier, per_label
 from featurepipe.heads.linear.classifiers import SAFETY, Method, Objective, finished, start_point, warn_unconverged
@@ -145,15 +144,6 @@ def _solve(
     estimator: MultilabelLinearClassifier, data: LabelMatrix, Cs: Sequence[Floats], folds: Sequence[Any] | None
 ) -> list[list[_Solution]]:
     """Fits each fold, C and label as a problem of its own, all in the same passes."""
-    rows, width = data.blocks.shape
-    with one_blas_thread if rows * width <= ONE_THREAD_VALUES else nullcontext():
-        return _solved(estimator, data, Cs, folds)
-
-
-def _solved(
-    estimator: MultilabelLinearClassifier, data: LabelMatrix, Cs: Sequence[Floats], folds: Sequence[Any] | None
-) -> list[list[_Solution]]:
-    """As ``_solve``, in the threads that matrix products may use."""
     data, back = _in_row_space(data, estimator.memory)
     labels = len(data.names)
     weights = [one.row_weights(estimator.class_weight) for one in _folds(data, folds)]
