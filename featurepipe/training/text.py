@@ -246,10 +246,22 @@ def finetune_text(found: Mapping[str, Any]) -> str:
         *([_by_cut(tuning)] if "from" in run else []),
         *([] if tuning.get("scratch") else [mix_text(mixes, tuning["mix"], tuning["measure"])]),
         *tested_lines(found),
+        *_start_lines(tuning),
         *([found["stored_features"]["text"]] if "stored_features" in found else []),
         *_bundle_lines(found),
     ]
     return "\n".join(lines)
+
+
+def _start_lines(tuning: Mapping[str, Any]) -> list[str]:
+    """How the head on the frozen network did on the test images."""
+    start = tuning.get("start_test")
+    if start is None:
+        return []
+    images = counted(start["images"], "test image")
+    return [
+        f"before tuning, the head on the frozen network: {tuning['measure']} {start['score']:.4f} on the same {images}"
+    ]
 
 
 def _tuned(tuning: Mapping[str, Any]) -> str:
@@ -294,9 +306,9 @@ def mix_text(mixes: Sequence[Mapping[str, float]], share: float, measure: str) -
     """Which share of the tuned weights is kept, and how good each was on the validation images."""
     shown = ", ".join(f"{mix['share']:.0%} {mix['score']:.4f} ({mix['loss']:.4g})" for mix in mixes)
     of_all = (
-        f"of the shares within a standard error of the best {measure} on the validation images the one of least loss; {measure} "
-        f"(loss) by share: {shown}"
+        f"the smallest share whose {measure} and loss on the validation images are within a standard error of the best; "
+        f"{measure} (loss) by share: {shown}"
     )
     if not share:
-        return f"kept: the frozen network, tuning gained nothing ({of_all})"
+        return f"kept: the frozen network, tuning gained no more than a standard error ({of_all})"
     return f"kept: {share:.0%} of the tuned weights ({of_all})"

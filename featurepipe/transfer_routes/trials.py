@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 LEARNED_VERSION = 1
 """Of learning from images: goes up when the same settings would measure something else."""
-START_VERSIONS = {"multiclass": 2, "multilabel": 3, "continuous": 3}
-"""Of the head that pretrained layers are tuned from, and of the rate that is usual, by the type of target; as above."""
+START_VERSIONS = {"multiclass": 3, "multilabel": 4, "continuous": 4}
+"""Of the head that pretrained layers are tuned from, of the usual rate, and of the mix, by the type of target; as above."""
 
 
 @dataclass(frozen=True)

@@ -97,16 +97,19 @@ class TuningObjective:
         """The mean loss of scores without gradients; all rows count alike."""
         return float(self._each(torch.from_numpy(scores), rows).mean())
 
-    def sharpened_loss(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
-        """The mean loss of that multiple of the scores, from 1/8 to 8, whose loss is least; of numbers their own loss."""
+    def sharpened_losses(self, scores: npt.NDArray[np.float32], rows: Rows) -> Floats:
+        """The loss of each row, (m,), of that multiple of the scores, from 1/8 to 8, whose mean is least; numbers as is."""
         from scipy.optimize import minimize_scalar
 
         if self.target_type == "continuous":
-            return self.mean_loss(scores, rows)
+            return self._losses(scores, rows)
         found = minimize_scalar(
             lambda power: self.mean_loss(np.float32(2.0**power) * scores, rows), bounds=(-3, 3), method="bounded"
         )
-        return float(found.fun)
+        return self._losses(np.float32(2.0**found.x) * scores, rows)
+
+    def _losses(self, scores: npt.NDArray[np.float32], rows: Rows) -> Floats:
+        return self._each(torch.from_numpy(scores), rows).numpy().astype(np.float64)
 
     def score(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
         """Accuracy, mean average precision over labels with both sides, or R2, of scores (m, K)."""

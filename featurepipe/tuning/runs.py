@@ -449,8 +449,9 @@ def adopt_best_mix(
 ) -> tuple[Mix, list[Mix]]:  # fmt: skip
     """Leaves a model with the mix of frozen and tuned weights that is best on some rows (WiSE-FT; Wortsman et al., CVPR 2022).
 
-    Few rows tell scores apart badly; so of the mixes whose score is within a standard error of the best, the one of least loss
-    is taken.
+    Few rows tell mixes apart badly, and the frozen weights are the more robust ones. So of the mixes whose score is within a
+    standard error of the best score, that of the smallest share is taken whose loss is within a standard error of the least one,
+    the error being that of the mean difference between the losses of the same rows.
 
     Args:
         model: The model.
@@ -462,18 +463,32 @@ def adopt_best_mix(
         rows: That choose, as far as they can be read.
 
     Returns:
-        The mix that was taken, of equal ones the one nearer to the frozen network; and all.
+        The mix that was taken; and all.
     """
-    mixes = []
+    mixes, losses = [], []
     for share in shares:
         model.adopt(mixed(frozen, tuned, share))
         scores, read = score_rows(model, examples, rows)
-        mixes.append(Mix(share, objective.score(scores, read), objective.sharpened_loss(scores, read)))
+        losses.append(objective.sharpened_losses(scores, read))
+        mixes.append(Mix(share, objective.score(scores, read), float(losses[-1].mean())))
     top = max(mix.score for mix in mixes)
-    near = [mix for mix in mixes if mix.score >= top - objective.error(top, len(read))]
-    best = min(near, key=lambda mix: (round(mix.loss, 4), mix.share))
+    near = [k for k, mix in enumerate(mixes) if mix.score >= top - objective.error(top, len(read))]
+    least = losses[min(near, key=lambda k: mixes[k].loss)]
+    tied = [k for k in near if _within_an_error(losses[k] - least)]
+    best = min((mixes[k] for k in tied), key=lambda mix: mix.share)
     model.adopt(mixed(frozen, tuned, best.share))
     return best, mixes
+
+
+SAME_LOSS = 1e-4
+"""Mean losses that differ by less are equal."""
+
+
+def _within_an_error(differences: Floats) -> bool:
+    """Whether the mean of paired differences (m,) is at most its standard error, which a single one does not tell."""
+    if len(differences) < 2:
+        return True
+    return bool(differences.mean() <= differences.std(ddof=1) / np.sqrt(len(differences)) + SAME_LOSS)
 
 
 def told_runs(runs: Sequence[TunedRun], *, several: bool) -> Iterator[dict[str, Any]]:

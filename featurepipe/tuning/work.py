@@ -20,7 +20,7 @@ import torch
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.engine import NUMERICS
 from featurepipe.backbones.from_user import check_trusted
-from featurepipe.backbones.tail import Model, TunedLayers
+from featurepipe.backbones.tail import Model, State, TunedLayers
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.executor import Executor
@@ -387,6 +387,7 @@ def _best_published(
     shares = MIXES[-1:] if work.begins_random else MIXES if options.interpolate else MIXES[:: len(MIXES) - 1]
     examples, rows = work.examples_of(work.learned_from), work.task.division.validation
     kept, mixes = adopt_best_mix(model, frozen, best.tuning.best, shares, examples, work.objective, rows)
+    start_tested = None if work.begins_random else _tested_at_start(work, model, frozen)
     if len(works) > 1:
         say(f"kept: the cut at {best.shard.cut}, which is best on the validation images")
     if not work.begins_random:
@@ -407,6 +408,7 @@ def _best_published(
         "mixes": {f"{mix.share:g}": mix.score for mix in mixes},
         "mix_losses": {f"{mix.share:g}": mix.loss for mix in mixes},
         "mix": kept.share,
+        **({} if start_tested is None else {"start_test": start_tested}),
     }
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "tuned.safetensors"
@@ -416,6 +418,23 @@ def _best_published(
         context.checkpoint(shard).remove()
     TuningCheckpoint(_checkpoints(folder) / HEAD_FILE, "").remove()
     return record
+
+
+def _tested_at_start(work: TuningWork, model: Model, frozen: State) -> dict[str, Any] | None:
+    """How the exact head on the frozen network does on the test images, to compare with; leaves the model with its weights.
+
+    None where there are no test images.
+    """
+    rows = work.task.division.test
+    if work.task.targets is None:
+        rows = rows[work.task.codes[rows] >= 0]
+    if not len(rows):
+        return None
+    kept = {name: value.clone() for name, value in model.weights().items()}
+    model.adopt(frozen)
+    scores, read = score_rows(model, work.examples_of(rows), rows)
+    model.adopt(kept)
+    return {"images": len(read), "score": work.objective.score(scores, read)} if len(read) else None
 
 
 def runs_of(

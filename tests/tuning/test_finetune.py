@@ -21,6 +21,7 @@ from featurepipe.backbones.tail import Tail, cuts
 from featurepipe.errors import BundleError, DiskFull, Interrupted, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.interrupt import StopRequest
+from featurepipe.training.text import finetune_text
 from featurepipe.tuning import activations, loop, work
 from featurepipe.tuning.finetune import finetune
 from featurepipe.tuning.loop import TuningObjective
@@ -189,6 +190,11 @@ def test_a_tuned_bundle_is_better_than_the_frozen_one_and_a_bundle_like_any_othe
     assert tuned["params"]["C"] < max(trial["params"]["C"] for trial in frozen["search"]["trials"])
     assert history[1]["train_loss"] > history[-1]["train_loss"] > 0
     assert tuned["tuning"]["mix"] > 0
+    start = tuned["tuning"]["start_test"]
+    assert start["score"] == pytest.approx(before, abs=0.05)
+    assert f"before tuning, the head on the frozen network: accuracy {start['score']:.4f} on the same" in finetune_text(
+        tuned
+    )
     bundle = read_bundle(tmp_path / "tuned")
     assert bundle.training["tuning"]["from"] == CUT
     assert not (tmp_path / "tuned.tuning").exists()

@@ -150,7 +150,7 @@ def test_a_dry_run_tells_of_each_cut_and_wrong_cuts_are_refused(store, tmp_path,
         finetune(store, from_node=["s2", "s9"], out=tmp_path / "b", silent=True)
 
 
-def test_of_mixes_that_few_rows_cannot_tell_apart_the_one_of_least_loss_is_kept() -> None:
+def test_of_mixes_that_few_rows_cannot_tell_apart_the_nearest_to_the_frozen_network_is_kept() -> None:
     """The model has one weight, 2 frozen and 6 tuned, and scores of the second class are the weight times the input."""
     body = nn.Identity()
     model = Model(body, np.array([[0.0], [2.0]]), np.zeros(2))  # type: ignore[arg-type]
@@ -189,11 +189,50 @@ def test_of_mixes_that_few_rows_cannot_tell_apart_the_one_of_least_loss_is_kept(
     assert ([mix.score for mix in mixes], kept.share) == ([1.0, 0.0], 0)
 
 
+def test_a_gain_in_loss_within_its_paired_standard_error_goes_to_the_smaller_share() -> None:
+    """28 images, all scores alike: a lower mean loss counts only where it is lower for most images."""
+    from featurepipe.tuning.runs import _within_an_error
+
+    noise = np.tile([0.5, -0.5], 14)
+    assert _within_an_error(0.09 + noise)  # the error is 0.5 * sqrt(28 / 27) / sqrt(28) = 0.0962
+    assert not _within_an_error(0.10 + noise)
+    assert not _within_an_error(np.full(28, 0.01))
+    assert _within_an_error(np.full(28, 0.00005))
+    assert _within_an_error(np.array([3.0]))
+
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 2, 28)
+    signs = 2.0 * answers - 1
+    inputs = np.stack([signs + rng.normal(0, 1, 28), signs], axis=1).astype(np.float32)
+    model = Model(nn.Identity(), np.array([[0.0, 0.0], [2.0, 0.0]]), np.zeros(2))  # type: ignore[arg-type]
+    frozen = {"head.weight": torch.tensor([[0.0, 0.0], [2.0, 0.0]])}
+
+    class Inputs:
+        scored = 28
+
+        def batches(self, parts: Any, draw: Any = None) -> Any:
+            return ((torch.from_numpy(inputs[part]), part) for part in parts)
+
+    def kept(tuned: list[float]) -> tuple[float, list[float]]:
+        weights = {"head.weight": torch.tensor([[0.0, 0.0], tuned])}
+        objective, rows = TuningObjective("multiclass", answers), np.arange(28)
+        mix, mixes = adopt_best_mix(model, frozen, weights, (0.0, 1.0), Inputs(), objective, rows)  # type: ignore[arg-type]
+        return mix.share, [mix.loss for mix in mixes]
+
+    inputs[:, 1] = inputs[:, 0]
+    inputs[0, 1] += 0.2 * signs[0]  # a little better for one image alone
+    share, losses = kept([0.0, 2.0])
+    assert share == 0
+    assert losses[1] < losses[0]
+    inputs[:, 1] = 2 * signs  # far better for all
+    assert kept([0.0, 2.0])[0] == 1
+
+
 def test_the_standard_error_of_a_mix_is_that_of_the_rows_that_could_be_read() -> None:
-    """Two of four right are no better than one of four; of a hundred they would be."""
-    model = Model(nn.Identity(), np.array([[0.0], [10.0]]), np.zeros(2))  # type: ignore[arg-type]
-    frozen = {"head.weight": torch.tensor([[0.0], [10.0]]), "head.bias": torch.zeros(2)}
-    tuned = {
+    """Two of four right are no better than one of four, and the frozen network is kept; of a hundred they would be."""
+    model = Model(nn.Identity(), np.zeros((2, 1)), np.zeros(2))  # type: ignore[arg-type]
+    tuned = {"head.weight": torch.tensor([[0.0], [10.0]]), "head.bias": torch.zeros(2)}
+    frozen = {
         "head.weight": torch.zeros(2, 1),
         "head.bias": torch.tensor([0.0, 1e-3]),
     }  # sure of nothing: the lower loss
@@ -208,7 +247,7 @@ def test_the_standard_error_of_a_mix_is_that_of_the_rows_that_could_be_read() ->
 
     objective, rows = TuningObjective("multiclass", answers), np.arange(100)
     kept, mixes = adopt_best_mix(model, frozen, tuned, (0.0, 1.0), FourOfThem(), objective, rows)  # type: ignore[arg-type]
-    assert ([mix.score for mix in mixes], kept.share) == ([0.5, 0.25], 1)
+    assert ([mix.score for mix in mixes], kept.share) == ([0.25, 0.5], 0)
 
 
 @pytest.mark.parametrize("target_type", ["multiclass", "multilabel", "continuous"])
