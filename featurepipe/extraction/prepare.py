@@ -242,6 +242,8 @@ def prepare(
     listing = history.with_unreadable(listing)
     losses = history.without_folders(listing).losses(listing)
     options.check_gone(source.name, listing.num_rows, losses)
+    before = history.elsewhere(source.location)
+    options.check_owner(name, before, source.location, losses, is_named=dataset is not None)
 
     spaces = held_spaces(store, backbone, history, mirrored=options.mirrored)
     columns = _columns(backbone, spaces, options.nodes)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from featurepipe.backbones import load_backbone
 from featurepipe.backbones.engine import Engine, PrecisionChoice
-from featurepipe.errors import UsageError
+from featurepipe.errors import UsageError, in_python
 from featurepipe.extraction import prepare
 from featurepipe.extraction.extract import extract
 from featurepipe.features import session as session_module
@@ -471,3 +471,23 @@ def test_images_are_decoded_only_as_long_as_precisions_agree(album, run, monkeyp
     record = run(album.root, precision="auto")
     assert given == [16, 16, 16]
     assert "over 48 images: not kept" in record["settings"]["precision"]["why"]
+
+
+def test_another_source_of_the_same_name_does_not_replace_a_dataset(album, run, tmp_path):
+    album.fill(4)
+    run(album.root)
+    other = tmp_path / "elsewhere" / album.root.name
+    other.mkdir(parents=True)
+    (other / "000.png").write_bytes((album.root / "003.png").read_bytes())
+    before = run.store.snapshot_ids("album")
+    with pytest.raises(UsageError) as caught:
+        run(other)
+    assert caught.value.message.spelled(in_python) == (
+        f"dataset album was last taken from {album.root}, and {other} has the same name but lacks 3 of its 4 images: it would "
+        "put its own in their place. To keep the two apart: dataset='album-2'; if those images have moved here, and others were "
+        "deleted: max_gone=3"
+    )
+    assert run.store.snapshot_ids("album") == before
+    assert run(other, dataset="album-2")["counts"]["known"] == 1
+    assert run(other, max_gone=3)["changes"]["deleted"] == 3
+    assert run(album.root)["counts"]["listed"] == 4  # all that the snapshot has are there: these images may have moved
