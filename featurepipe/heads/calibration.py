@@ -201,6 +201,25 @@ def fit_temperature(scores: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np
     return found if negative_log_likelihood(scores, codes, found) < negative_log_likelihood(scores, codes) else 1.0
 
 
+def gains_clearly(
+    scores: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np.integer[Any]], temperature: float
+) -> bool:
+    """Whether a temperature makes labels more probable by more than a standard error, over no temperature at all.
+
+    Args:
+        scores: (n, K).
+        codes: (n,) column of each image's class.
+        temperature: What the scores are divided by.
+
+    Returns:
+        False for a single row, which tells no standard error.
+    """
+    values, _ = _checked(scores, codes)
+    places = np.arange(len(values)), codes
+    gains = log_softmax(values / temperature)[places] - log_softmax(values)[places]
+    return len(gains) > 1 and bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
+
+
 def negative_log_likelihood(
     scores: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np.integer[Any]], temperature: float = 1.0
 ) -> float:

@@ -21,6 +21,7 @@ from featurepipe.heads.calibration import (
     class_scores,
     expected_calibration_error,
     fit_temperature,
+    gains_clearly,
     label_scores,
     predicted_numbers,
     probabilities,
@@ -332,13 +333,19 @@ def held_out(task: Task, recipe: Recipe) -> HeldOut:
 
 
 def calibrate(held: HeldOut, say: Callable[[str], None]) -> Calibration | None:
-    """Fits a temperature on the validation rows; None where there are none."""
+    """Fits a temperature on the validation rows, 1 where few of them show no clear gain; None where there are none."""
     rows, codes, scores = held.rows, held.codes, held.scores
     if not len(rows):
         say("no validation images to calibrate on: probabilities stay as the head gives them")
         return None
     temperature = fit_temperature(scores, codes)
     before, after = (expected_calibration_error(probabilities(scores, t), codes) for t in (1.0, temperature))
+    if temperature != 1.0 and len(rows) < ENOUGH and not gains_clearly(scores, codes, temperature):
+        say(
+            f"{len(rows):,} validation images are few to calibrate on, and the temperature {temperature:.3g} gains them no more "
+            "than a standard error: probabilities stay as the head gives them (temperature 1)"
+        )
+        return Calibration(1.0, len(rows), before, before)
     if len(rows) < ENOUGH:
         say(f"{len(rows):,} validation images are few to calibrate on: take the temperature as rough")
     return Calibration(temperature, len(rows), before, after)
