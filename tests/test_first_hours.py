@@ -109,6 +109,25 @@ def test_columns_that_may_be_classes_are_the_next_commands_label(columns, expect
     assert next_command(record, "s") == f"next: featurepipe train s --dataset d {expected}"
 
 
+def test_the_next_command_takes_the_network_that_was_just_extracted(photos, cli):
+    """The store has features of another network, which ``train`` alone would take."""
+    folder = photos.parent
+    for pixels in range(1, 5):
+        for kind in ("cat", "dog"):
+            (photos / kind).mkdir(exist_ok=True)
+            Image.effect_noise((32, 32), 20 * pixels + (kind == "dog")).save(photos / kind / f"more-{pixels}.png")
+    assert cli("extract", "my photos", *LENET, "--precision", "fp32", cwd=folder).code == 0
+    other = cli("extract", "my photos", *LENET, "--precision", "bf16", cwd=folder)
+    assert other.code == 0, other.err
+    (space,) = [one for one in FeatureStore(folder / "features").spaces() if one.fields["precision"] == "bf16"]
+    said = other.out.splitlines()[-1]
+    assert said.startswith(f"next: featurepipe train features --dataset my-photos --backbone {space.name} --out")
+    options = ("--out", "b", "--min-class-size", "1", "--dry-run")
+    trained = cli("train", "features", "--dataset", "my-photos", "--backbone", space.name, *options, cwd=folder)
+    assert trained.code == 0, trained.err
+    assert f" of lenet5, feature space {space.name}: as {space.name} was asked for" in trained.err.splitlines()[0]
+
+
 def test_in_python_messages_and_reasons_are_logged(photos, caplog):
     with caplog.at_level(logging.DEBUG, logger="featurepipe"):
         featurepipe.extract(photos, photos.parent / "store", backbone="lenet5", weights="none", silent=True)

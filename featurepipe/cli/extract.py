@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from featurepipe.cli.options import (
     add_cluster,
@@ -59,6 +61,17 @@ def add_extract(command: ArgumentParser) -> None:
     add_json(command)
 
 
+def _named(path: str, record: Mapping[str, Any]) -> str | None:
+    """What the next command must be given as its backbone, if the store has features of other networks, too."""
+    from featurepipe.store import FeatureStore
+    from featurepipe.store.choice import name_among
+
+    if record.get("status") != "done":
+        return None
+    store = FeatureStore(path, create=False)
+    return name_among(store, store.space(record["fingerprint"]))
+
+
 def run_extract(args: Namespace) -> int:
     """Runs the command; rejects make the exit code."""
     existing_source(args.source)
@@ -73,5 +86,8 @@ def run_extract(args: Namespace) -> int:
         dry_run=args.dry_run,
         silent=args.quiet,
     )
-    show(args, result, estimate_text if args.dry_run else partial(text_and_next, store=args.store))
+    if args.dry_run:
+        show(args, result, estimate_text)
+    else:
+        show(args, result, partial(text_and_next, store=args.store, backbone=_named(args.store, result)))
     return int(result.get("exit_code", 0))

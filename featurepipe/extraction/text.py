@@ -48,24 +48,26 @@ def text(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def text_and_next(record: Mapping[str, Any], store: str) -> str:
+def text_and_next(record: Mapping[str, Any], store: str, backbone: str | None = None) -> str:
     """The same, and as the last line the command that comes next, with the user's own paths.
 
     Args:
         record: The run record.
         store: The store as the user called it.
+        backbone: What tells the features from others in the store; None where there are no others.
     """
     lines = [text(record)]
     if record.get("status") == "done" and record["counts"]["listed"] > record["counts"]["rejected"]:
-        lines.append(next_command(record, store))
+        lines.append(next_command(record, store, backbone))
     return "\n".join(lines)
 
 
-def next_command(record: Mapping[str, Any], store: str) -> str:
+def next_command(record: Mapping[str, Any], store: str, backbone: str | None = None) -> str:
     """The line that names the command by which a head is trained."""
     labels, told = _classes_from(record["listing"])
     command = f"featurepipe train {shlex.quote(store)} --dataset {record['dataset']}"
-    return f"next: {command}{labels} --out {record['dataset']}-bundle{told}"
+    named = f" --backbone {shlex.quote(backbone)}" if backbone else ""
+    return f"next: {command}{named}{labels} --out {record['dataset']}-bundle{told}"
 
 
 def _classes_from(listing: Mapping[str, Any]) -> tuple[str, str]:

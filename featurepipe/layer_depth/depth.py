@@ -11,7 +11,7 @@ from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.local import executor_on
 from featurepipe.features.options import SourceOptions
 from featurepipe.layer_depth import answers
-from featurepipe.layer_depth.document import document, parts_of, provenance
+from featurepipe.layer_depth.document import document, files_of, parts_of, provenance
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, TimedForward, measure
 from featurepipe.layer_depth.networks import compared, keep_recommended, names_of
@@ -25,6 +25,7 @@ from featurepipe.reporting.from_store import report as write_page
 from featurepipe.reporting.report import check_target
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
+from featurepipe.store.choice import name_among
 from featurepipe.store.feature_store import is_store
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of
@@ -181,7 +182,12 @@ def depth(
                 timing=TimedForward(executor, found.timing()), executor=executor,
                 labels_name=compared_labels(labels), with_map=report is not None, say=say, progress=progress,
             )  # fmt: skip
-    answer["provenance"] = {**provenance(study, found, clock.seconds, command), "options": as_asked(options)}
+    answer["space"]["named"] = name_among(found.store, found.store.space(study.spaces[PRETRAINED]))
+    answer["provenance"] = {
+        **provenance(study, found, clock.seconds, command),
+        "options": as_asked(options),
+        "files": files_of(labels=labels, group=group),
+    }
     found.store.write_depth(answer)
     if report is not None:
         _write_page(found.store, answer, asked)
@@ -227,6 +233,8 @@ def _of_networks(names: Sequence[str], asked: Mapping[str, Any]) -> dict[str, An
         return found
     place = asked["source"] if is_store(asked["source"]) else asked["store"] or DEFAULT_STORE
     store = place if isinstance(place, FeatureStore) else FeatureStore(place, create=False)
+    for one in found["networks"]:  # which were measured while the store had fewer
+        one["space"]["named"] = name_among(store, store.space(one["space"]["fingerprint"]))
     keep_recommended(store, found)
     if asked["report"] is not None:
         _write_page(store, found, asked)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -334,6 +337,16 @@ def _recommended(study: Study, found: answers.Recommendation, columns: Sequence[
         f"{_BEST[study.measure]} (Breiman et al. 1984)",
         **{name: column[name] for name in ("width", "bytes_per_image", "ms_per_image", "saved")},
     }
+
+
+def files_of(**given: Any) -> dict[str, dict[str, str]]:
+    """The files among the given arguments, each its ``path`` and the ``sha256`` of its bytes; columns and tables are none."""
+    found = {}
+    for name, value in given.items():
+        if isinstance(value, str | PathLike) and Path(value).is_file():
+            with Path(value).open("rb") as file:
+                found[name] = {"path": str(value), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return found
 
 
 def provenance(study: Study, found: Extracted, seconds: Mapping[str, float], command: str | None) -> dict[str, Any]:

@@ -140,18 +140,15 @@ def _elsewhere(found: Mapping[str, Any] | None) -> str:
 
 
 def _command(found: Mapping[str, Any]) -> str:
-    words = [
-        "featurepipe",
-        "train",
-        found["provenance"]["store"],
-        "--dataset",
-        found["dataset"],
-        "--node",
-        "recommended",
-    ]
+    origin = found["provenance"]
+    words = ["featurepipe", "train", origin["store"], "--dataset", found["dataset"]]
+    named = found.get("space", {}).get("named")
+    words += ["--backbone", named] if named else []
+    words += ["--node", "recommended"]
     words += ["--head", found["recommended"]["head"], "--tune"]
-    words += ["--labels", "FILE"] if found.get("labels") else []
-    asked = found["provenance"].get("options") or {}
+    given = origin.get("files", {}).get("labels", {}).get("path", "FILE")
+    words += ["--labels", given] if found.get("labels") else []
+    asked = origin.get("options") or {}
     for name in declared(RoleOptions):
         value = asked.get(name)
         if value:

@@ -81,6 +81,26 @@ def choose_space(store: StoreContents, wanted: str | None, dataset: str | None) 
     return fitting[0]
 
 
+def name_among(store: StoreContents, space: Space) -> str | None:
+    """What a command must be given as ``backbone`` to take a space: nothing in a store of one network, else network or space.
+
+    Args:
+        store: holds the space.
+        space: the one that is to be taken.
+    """
+    spaces = store.spaces()
+
+    def is_taken(wanted: str | None) -> bool:
+        try:
+            return choose_space(store, wanted, None).fingerprint == space.fingerprint
+        except UsageError:
+            return False
+
+    if all(one.backbone == space.backbone for one in spaces) and is_taken(None):
+        return None
+    return space.backbone if is_taken(space.backbone) else space.name
+
+
 def _set_aside(store: StoreContents) -> str:
     """What else might have fitted."""
     broken = [f"{path} ({why})" for path, why in store.set_aside().items() if path.startswith("spaces")]

@@ -59,6 +59,7 @@ def settle(
         nodes = all_columns(store, dataset, backbone, say)
     found = store.features(dataset, node=nodes, backbone=backbone, snapshot=snapshot)
     crossed = bool(options.multilabel) and options.needs_validation
+    _say_which(store, found, options, say)
     task = settle_rows(store, found, recipe, options, snapshot=snapshot, cluster=cluster, crossed=crossed, say=say)
     if comparison is not None and not options.target:
         check_same_task(comparison, task.classes, options.labels, say)
@@ -131,6 +132,22 @@ def settle_rows(
     if features.groups is not None and not (len(division.test) or features.split_names()):
         say("no group can be held out for the test: every one is the only one of a class; give images of more groups")
     return task
+
+
+def _say_which(store: FeatureStore, found: FeatureSet, options: TrainOptions, say: Callable[[str], None]) -> None:
+    """Says whose features are learned from, and why, where the store has more than one feature space."""
+    taken, *others = sorted(store.spaces(), key=lambda space: space.fingerprint != found.space_fingerprint)
+    if not others:
+        return
+    if options.backbone is not None:
+        why = f"as {options.backbone} was asked for"
+    elif asks_for_it(options.nodes):
+        why = "which the last comparison of layers recommends"
+    else:
+        rest = first_names([space.name for space in others])
+        why = f"the only one that the dataset has, or that is of trained weights and images as they are; not {rest}"
+    columns = found.columns if len(found.columns) < 4 else [*found.columns[:3], "..."]
+    say(f"learning from {', '.join(columns)} of {taken.backbone}, feature space {taken.name}: {why}")
 
 
 def timed(task: Task, recipe: Recipe, options: TrainOptions, say: Callable[[str], None]) -> Task:

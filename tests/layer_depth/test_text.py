@@ -49,7 +49,7 @@ DOCUMENT = {
 def changed(**parts):
     document = copy.deepcopy(DOCUMENT)
     for name, value in parts.items():
-        document[name] = {**document[name], **value} if isinstance(value, dict) else value
+        document[name] = {**document.get(name, {}), **value} if isinstance(value, dict) else value
     return document
 
 
@@ -186,3 +186,15 @@ def test_an_estimate_of_fits_is_as_many_times_that_of_one():
 def test_the_number_of_groups_stands_beside_that_of_images():
     assert "lenet5 on album: 1,200 images of 2 classes in 143 groups, 5 folds, 3 seeds;" in text(changed(groups=143))
     assert "lenet5 on album: 1,200 images of 2 classes, 5 folds" in text(DOCUMENT)
+
+
+def test_the_next_command_names_the_network_and_the_labels_that_were_given():
+    files = {"labels": {"path": "my labels.csv", "sha256": "0" * 64}}
+    found = changed(
+        labels="my labels.csv", space={"named": "lite0"}, provenance={"files": files, "options": {"group": "family"}}
+    )
+    assert (
+        "use it: featurepipe train features --dataset album --backbone lite0 --node recommended --head knn --tune "
+        "--labels 'my labels.csv' --group family --out BUNDLE"
+    ) in text(found)
+    assert "--labels FILE --out" in text(changed(labels="dict"))
