@@ -121,6 +121,7 @@ def _answer(document: Document) -> list[Block]:
         changes = ["At every size that was measured the answer is the same."]
     if not best.get("is_own_size", True):
         changes.append("Nothing was measured with all of your images; this is the largest size that was.")
+    few = f"The answer was {best['few_draws']}." if best.get("few_draws") else ""
     same = best.get("not_told_apart")
     ties = f"By these images not told apart from {best['best']}: {', '.join(same)}." if same else ""
     figures = (
@@ -130,7 +131,7 @@ def _answer(document: Document) -> list[Block]:
         ("Distance", _distance(document), "of the way from the network's training images to noise"),
     )
     return [
-        Prose((f"{sentence} {other}",)),
+        Prose(tuple(filter(None, (f"{sentence} {other}", few)))),
         Figures(figures),
         Prose(tuple(filter(None, (" ".join(changes), ties, _elsewhere(best.get("elsewhere"), measure))))),
         Prose(tuple(filter(None, (f"Rule: {best['rule']}." if best.get("rule") else "", _untried_short(document))))),
@@ -301,11 +302,13 @@ def _table(document: Document, size: Document) -> Table | None:
     apart = {row["a"]: row for row in document.get("differences") or [] if row["size"] == size["size"]}
     if not rows:
         return None
-    groups = [("", 1), (measure.title, 2), *([(str(other), 1)] if there else []), ("What it takes", 3)]
-    header = ["Route", "here", "difference to best", *(["there"] if there else []), "features", "learning", "memory"]
+    groups = [("", 1), (measure.title, 4), *([(str(other), 1)] if there else []), ("What it takes", 3)]
+    compared = ["draws", "difference to best", "on draws of both"]
+    header = ["Route", "here", *compared, *(["there"] if there else []), "features", "learning", "memory"]
     body = []
     for row in rows:
         gap, far = apart.get(row["route"], {}), there.get(row["route"])
+        draws = len(row.get("cells") or [])
         bounds = measure.difference_interval(gap.get("low"), gap.get("high"))
         elsewhere = (
             []
@@ -315,7 +318,9 @@ def _table(document: Document, size: Document) -> Table | None:
         body.append((
             TableCell(str(row["route"])),
             measure.cell(row["value"], row.get("low"), row.get("high")),
+            TableCell("any") if row.get("kind") == "as-it-is" else TableCell(count(draws), draws),
             TableCell(measure.difference(gap.get("difference")), finite(gap.get("difference")), bounds),
+            TableCell(count(gap.get("draws")), finite(gap.get("draws"))),
             *elsewhere,
             TableCell(_time(row.get("seconds_features")), finite(row.get("seconds_features"))),
             TableCell(_time(row.get("seconds_fit")), finite(row.get("seconds_fit"))),

@@ -141,10 +141,10 @@ def _paired(one: MeasuredRoute, other: MeasuredRoute) -> dict[str, float | None]
     """Over the draws that both have."""
     both = sorted(set(one.seeds) & set(other.seeds))
     if not both:
-        return {"difference": None, "low": None, "high": None, "p": None}
+        return {"difference": None, "low": None, "high": None, "p": None, "draws": 0}
     first, second = (_of_draws(found, both) for found in (one, other))
     between = of_layers.difference(first.study, first.series, second.series)
-    return {"difference": between.value, "low": between.low, "high": between.high, "p": between.p}
+    return {"difference": between.value, "low": between.low, "high": between.high, "p": between.p, "draws": len(both)}
 
 
 def _of_draws(found: MeasuredRoute, seeds: Sequence[int]) -> MeasuredRoute:
@@ -285,6 +285,9 @@ def recommended(
         "best": last.best.route.name,
         f"best_{measure}": last.best_estimate.value,
         "best_seconds": dear.seconds,
+        "few_draws": few_draws_text(
+            {one.route.name: _draws(one, study) for one in (last.chosen, last.best)}, study.every.protocol.seeds
+        ),
         "not_told_apart": same,
         "rule": f"the cheapest route within one standard error of the {_BEST[measure]} (Breiman et al. 1984)",
         "by_size": [
@@ -307,6 +310,19 @@ def _elsewhere(last: RouteChoice, measured: Sequence[MeasuredRoute]) -> dict[str
         "dataset": there.dataset, "images": len(there.rows), measure: own.value, "low": own.low, "high": own.high,
         "best": best, f"best_{measure}": values[best].value,
     }  # fmt: skip
+
+
+def _draws(found: MeasuredRoute, study: RoutesStudy) -> int:
+    """On how many draws it was measured; one that learns nothing tells of all with one."""
+    return study.every.protocol.seeds if found.route.kind == AS_IT_IS else len(found.seeds)
+
+
+def few_draws_text(draws: Mapping[str, int], asked: int) -> str:
+    """That a recommendation rests on fewer draws of the routes than were asked for; empty where it does not."""
+    told = [f"{route} on {counted(number, 'draw')}" for route, number in draws.items() if number < asked]
+    return (
+        f"measured {', '.join(told)} of {asked}: take it as rough; the same command measures the others" if told else ""
+    )
 
 
 def _size(study: RoutesStudy, name: int | str) -> DrawSize:
@@ -373,6 +389,8 @@ def _answer_text(found: Mapping[str, Any]) -> str:
         if best["best"] != best["route"]
         else f"no route did better; {best['rule']}",
     ]
+    if best.get("few_draws"):
+        lines.append(best["few_draws"])
     if best["not_told_apart"]:
         lines.append(f"not told apart from {best['best']}: {', '.join(best['not_told_apart'])}")
     lines += [change_text(change, found["per"]) for change in best["changes"]]
@@ -399,22 +417,51 @@ def change_text(change: Mapping[str, Any], per: str) -> str:
 
 def _table_text(found: Mapping[str, Any]) -> str:
     measure, other, tables = measure_of(found), found["test_dataset"], []
-    apart = {(row["size"], row["a"]): row["difference"] for row in found["differences"]}
+    apart = {(row["size"], row["a"]): row for row in found["differences"]}
     rows_of = {(row["route"], row["size"], row["tested_on"]): row for row in found["results"]}
-    header = ["route", measure.word, "to the best", *([f"on {other}"] if other else []), "time", "memory"]
+    header = ["route", measure.word, "draws", "to the best", *([f"on {other}"] if other else []), "time", "memory"]
     for size in found["sizes"]:
-        rows = []
+        rows, is_on_fewer = [], False
         for (route, own, tested_on), row in rows_of.items():
             if own != size["size"] or tested_on != SOURCE:
                 continue
             gap, there = apart.get((own, route)), rows_of.get((route, own, SHIFTED))
+            best = {} if gap is None else rows_of.get((gap["b"], own, SOURCE), {})
+            shared = gap_text(gap, max(_own_draws(row), _own_draws(best)))
+            is_on_fewer |= shared.endswith(")")
             rows.append([
-                route, _interval(row), "" if gap is None else f"{gap:+.4f}", *([_interval(there)] if there else []),
+                route, _interval(row), draws_text(row), shared, *([_interval(there)] if there else []),
                 took(row["seconds"]), "-" if row["memory"] is None else size_of(row["memory"]),
             ])  # fmt: skip
         if rows:
-            tables.append(f"{size['text']}: {size['images']:,.0f} images train\n{table(header, rows)}")
+            note = f"\n{FEWER_DRAWS}" if is_on_fewer else ""
+            tables.append(f"{size['text']}: {size['images']:,.0f} images train\n{table(header, rows)}{note}")
     return "\n\n".join(tables)
+
+
+FEWER_DRAWS = (
+    "to the best: on the draws that both have, as many as are said, so that it is not the difference of the columns"
+)
+
+
+def _own_draws(row: Mapping[str, Any]) -> int:
+    """0 for a route that learns nothing, which does the same on all."""
+    return 0 if row.get("kind") == AS_IT_IS else len(row.get("cells") or [])
+
+
+def draws_text(row: Mapping[str, Any]) -> str:
+    """On how many draws a route was measured."""
+    return "any" if row.get("kind") == AS_IT_IS else f"{_own_draws(row):,}"
+
+
+def gap_text(gap: Mapping[str, Any] | None, most: int) -> str:
+    """The difference to the best, with the draws that both have where these are fewer than the most that one of them has."""
+    if gap is None:
+        return ""
+    if gap["difference"] is None:
+        return "no draw that both have"
+    draws = gap.get("draws", most)
+    return f"{gap['difference']:+.4f}" + (f" (on {counted(draws, 'draw')})" if draws < most else "")
 
 
 def _not_tried_text(found: Mapping[str, Any]) -> str:

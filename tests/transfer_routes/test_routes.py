@@ -25,8 +25,9 @@ from featurepipe.layer_depth.phases import fit_seconds
 from featurepipe.prediction.own_classes import LabelsOfClasses
 from featurepipe.progress import spoken
 from featurepipe.reporting.report import write_report
+from featurepipe.reporting.route_sections import _table
 from featurepipe.store import FeatureStore
-from featurepipe.transfer_routes import measure, routes, similarity, trials
+from featurepipe.transfer_routes import answers, measure, routes, similarity, trials
 from featurepipe.transfer_routes.answers import plan_text, text
 from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.transfer_routes.similarity import layer_distances
@@ -265,6 +266,51 @@ def test_own_classes_that_no_label_names_are_refused_before_images_are_computed(
     with pytest.raises(UsageError, match=said):
         fp.routes(piles, tmp_path / "store", backbone="efficientnet_lite0", routes="as-it-is,bottleneck", silent=True)
     assert not (tmp_path / "store").exists()
+
+
+def test_tables_say_on_how_many_draws_a_difference_to_the_best_rests() -> None:
+    gap = {"difference": -0.2899, "b": "full", "draws": 1}
+    rows = [
+        {"route": "node", "kind": "node", "cells": [0.5, 0.7318], "value": 0.6159, "seconds_fit": 1.0},
+        {"route": "full", "kind": "full", "cells": [0.8406], "value": 0.8406, "seconds_fit": 2.0},
+        {"route": "as-it-is", "kind": "as-it-is", "cells": [0.3, 0.3], "value": 0.3, "seconds_fit": 0.0},
+    ]
+    more = {
+        "low": None,
+        "high": None,
+        "seconds": 3.0,
+        "memory": None,
+        "size": 5,
+        "tested_on": "source",
+        "accuracy": 0.0,
+    }
+    size = {"size": 5, "text": "5 a class", "images": 15, "per_class": 5.0}
+    apart = [
+        {**gap, "size": 5, "a": "node", "low": None, "high": None},
+        {"size": 5, "a": "as-it-is", "b": "full", "difference": -0.5406, "draws": 1, "low": None, "high": None},
+    ]
+    found = {
+        "results": [{**more, **row, "accuracy": row["value"]} for row in rows],
+        "differences": apart, "sizes": [size], "test_dataset": None, "measure": "accuracy",
+    }  # fmt: skip
+    lines = answers._table_text(found).splitlines()
+    assert lines[1].split() == ["route", "accuracy", "draws", "to", "the", "best", "time", "memory"]
+    node, full, own = (next(line for line in lines if line.startswith(name)) for name in ("node", "full", "as-it-is"))
+    assert node.split()[1:7] == ["0.6159", "2", "-0.2899", "(on", "1", "draw)"]
+    assert full.split()[1:3] == ["0.8406", "1"]
+    assert own.split()[1:4] == ["0.3000", "any", "-0.5406"]
+    assert "(on" not in own  # the columns differ by as much
+    assert "on the draws that both have" in lines[-1]
+    table = _table(found, size)
+    assert table is not None
+    assert table.header[1:5] == ("here", "draws", "difference to best", "on draws of both")
+    assert [[cell.text for cell in row][2:5:2] for row in table.rows] == [["2", "1"], ["1", "\u2013"], ["any", "1"]]
+
+
+def test_a_recommendation_says_that_it_rests_on_fewer_draws_than_were_asked_for() -> None:
+    said = answers.few_draws_text({"node": 3, "full": 1}, 3)
+    assert said == "measured full on 1 draw of 3: take it as rough; the same command measures the others"
+    assert answers.few_draws_text({"node": 3}, 3) == ""
 
 
 def test_own_classes_that_name_some_of_the_labels_only_are_left_out_with_the_others_named() -> None:
