@@ -17,6 +17,7 @@ from typing import Any
 
 from featurepipe.display import size, table
 from featurepipe.errors import Reject, needs_posix
+from featurepipe.records import processor_name
 from featurepipe.store.locks import LOCK_EX, LOCK_NB, locked
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -125,7 +126,7 @@ def import_problems() -> Iterator[Check]:
 
 def processor() -> Check:
     """The CPU and how many of its cores we may use."""
-    return Check("cpu", OK, f"{_processor_name()}, {_usable_cores()} of {os.cpu_count()} cores usable")
+    return Check("cpu", OK, f"{processor_name()}, {_usable_cores()} of {os.cpu_count()} cores usable")
 
 
 def threads() -> Check:
@@ -267,10 +268,3 @@ def _existing(folder: Path) -> Path:
 def _usable_cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _processor_name() -> str:
-    listing = Path("/proc/cpuinfo")  # Linux
-    lines = listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from featurepipe.errors import Message, Option
@@ -16,9 +17,9 @@ from featurepipe.errors import Message, Option
 PACKAGES = ("featurepipe", "torch", "torchvision", "numpy", "h5py", "pyarrow", "pillow", "timm")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a feature; packages that are not installed are left out."""
-    found = {name: _version_of(name) for name in PACKAGES}
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that can change a feature, and of ``more``; without those not installed."""
+    found = {name: _version_of(name) for name in (*PACKAGES, *more)}
     return {"python": platform.python_version(), **{name: known for name, known in found.items() if known is not None}}
 
 
@@ -34,6 +35,14 @@ def _version_of(package: str) -> str | None:
 def host() -> dict[str, Any]:
     """The machine a run took place on."""
     return {"name": socket.gethostname(), "system": platform.system(), "cpus": os.cpu_count(), "pid": os.getpid()}
+
+
+def processor_name() -> str:
+    """What this machine's processor is called, as its system says."""
+    listing = Path("/proc/cpuinfo")  # Linux
+    lines = listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def now() -> str:

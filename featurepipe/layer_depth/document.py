@@ -23,7 +23,7 @@ from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.measure import Series, TimedForward, least_disturbed, scores_of
 from featurepipe.layer_depth.study import PRETRAINED
 from featurepipe.progress import Progress
-from featurepipe.records import host, now, versions
+from featurepipe.records import host, now, processor_name, versions
 from featurepipe.reporting.images import mapped, shown_names
 
 if TYPE_CHECKING:
@@ -351,14 +351,17 @@ def files_of(**given: Any) -> dict[str, dict[str, str]]:
 
 def provenance(study: Study, found: Extracted, seconds: Mapping[str, float], command: str | None) -> dict[str, Any]:
     """Who measured it, where, when and with what."""
+    engine = study.store.space(study.spaces[PRETRAINED]).notes.get("engine")
+    there = study.elsewhere
     return {
         "command": command,
         "exit_code": max((int(record.get("exit_code") or 0) for record in found.records), default=0),
         "when": now(),
-        "software": versions(),
-        "machine": host(),
+        "software": versions("scikit-learn", "scipy", *(["openvino"] if engine == "openvino" else [])),
+        "machine": {**host(), "processor": processor_name()},
         "store": str(study.store.path),
         "runs": found.runs,
         "snapshot": study.snapshots[study.dataset],
+        **({"snapshot_of_test_source": study.snapshots[there.dataset]} if there else {}),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }

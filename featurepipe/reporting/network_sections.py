@@ -131,26 +131,39 @@ def _network_table(document: Document, found: Sequence[Document]) -> Table:
     return Table(caption, header, tuple(rows), marked=names.index(best["backbone"]))
 
 
+def _is_elsewhere(row: Document) -> bool:
+    """Whether a result is of the network's own weights on images of the other source."""
+    return row["network"] == "pretrained" and row.get("tested_on") == "shifted"
+
+
 def _layer_table(document: Document, found: Sequence[Document]) -> Table:
     measure, best = measure_of(document), document["recommended"]
+    where = next((one["test_dataset"] for one in found if one.get("test_dataset")), None)
     rows, keys = [], []
     for one in found:
         nodes = {node["column"]: node for node in one["columns"]}
+        there = {(row["column"], row["head"]): row for row in one["results"] if _is_elsewhere(row)}
+        scores = (one.get("transferability") or {}).get("scores") or {}
         for row in one["results"]:
             if is_main(row):
-                node = nodes[row["column"]]
+                node, other = nodes[row["column"]], there.get((row["column"], row["head"]), {})
+                score = scores.get(row["column"])
+                besides = [measure.cell(other.get("value"), other.get("low"), other.get("high"))] if where else []
                 keys.append((_name(one), row["column"], row["head"]))
                 rows.append(
                     (
                         TableCell(f"{_name(one)} {called(str(row['column']), one)}"),
                         TableCell(str(row["head"])),
                         measure.cell(row["value"], row.get("low"), row.get("high")),
+                        *besides,
+                        TableCell(plain(score), finite(score)),
                         TableCell(milliseconds(node.get("ms_per_image")), finite(node.get("ms_per_image"))),
                         TableCell(count(node.get("width")), finite(node.get("width"))),
                     )
                 )
     wanted = (best["backbone"], best["column"], best["head"])
-    header = ("Layer", "Head", measure.title, "ms per image", "Width")
+    elsewhere = [f"{measure.title} on {where}"] if where else []
+    header = ("Layer", "Head", measure.title, *elsewhere, "LogME", "ms per image", "Width")
     marked = keys.index(wanted) if wanted in keys else None
     return Table("Every layer that was measured, with 95\u00a0% intervals", header, tuple(rows), marked=marked)
 

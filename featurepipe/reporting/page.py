@@ -196,6 +196,18 @@ def _text(name: str) -> str:
 
 
 def _depth_facts(document: Document) -> dict[str, Any]:
+    several = {
+        f"Network {one['backbone']['name']}": {
+            **{name: one[name] for name in ("backbone", "weights_note", "space", "control", "timing") if name in one},
+            "runs": (one.get("provenance") or {}).get("runs"),
+        }
+        for one in document.get("networks", [])
+    }
+    facts = _facts_of_one(document)
+    return {**{name: facts[name] for name in facts if not (several and name == "Network")}, **several}
+
+
+def _facts_of_one(document: Document) -> dict[str, Any]:
     return {
         "Provenance": document.get("provenance"),
         "Settings": document.get("settings"),

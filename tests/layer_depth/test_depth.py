@@ -1,5 +1,6 @@
 """From pictures to a recommendation: the whole verb, in Python and on the command line."""
 
+import hashlib
 import json
 import math
 import signal
@@ -16,6 +17,7 @@ from featurepipe.layer_depth import measure as measuring
 from featurepipe.layer_depth.depth import depth
 from featurepipe.layer_depth.measure import Timing
 from featurepipe.layer_depth.text import text
+from featurepipe.records import processor_name
 from featurepipe.reporting.from_store import report
 from featurepipe.store import FeatureStore
 
@@ -178,6 +180,9 @@ def test_it_is_plain_json_and_kept_in_the_store(run, pictures, tmp_path):
     text = json.dumps(found, allow_nan=False)
     (kept,) = FeatureStore(tmp_path / "store").depth_documents("halves")
     assert {**json.loads(text), "run_id": kept["run_id"]} == kept
+    assert {"scikit-learn", "scipy", "numpy", "torch"} <= set(found["provenance"]["software"])
+    assert "openvino" not in found["provenance"]["software"]  # PyTorch computed the features
+    assert found["provenance"]["machine"]["processor"] == processor_name()
 
 
 @pytest.mark.parametrize("head", ["logistic", "knn"])
@@ -557,3 +562,11 @@ def test_the_page_keeps_to_where_images_may_lie(run, pictures, tmp_path, monkeyp
 def test_no_source_is_opened_that_is_not_allowed(run, pictures, tmp_path):
     with pytest.raises(UsageError, match=r"memory://elsewhere is not below .*, which only_under asks for"):
         run("memory://elsewhere", extraction={"only_under": str(tmp_path)})
+
+
+def test_files_that_were_given_are_known_by_their_bytes(tmp_path):
+    path = tmp_path / "families.csv"
+    path.write_bytes(b"id,group\n")
+    assert document.files_of(labels={"a": "b"}, group="family", split=None) == {}
+    digest = hashlib.sha256(b"id,group\n").hexdigest()
+    assert document.files_of(labels=path, group="family") == {"labels": {"path": str(path), "sha256": digest}}

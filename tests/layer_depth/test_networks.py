@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,13 +91,40 @@ def test_text_and_page_name_each_network_and_what_is_the_bottleneck(tmp_path: Pa
     assert "Which layer of slow, fast or poor transfers best to d?" in page
     assert "Take bottleneck (end:gap) of fast with a logistic head: 86.3\u00a0% accuracy." in page
     assert "The most accurate layer, bottleneck (end:gap) of slow, reaches 86.7\u00a0%." in page
-    assert "slow: 86.7\u00a0% at most, at 9.00 ms per image. fast: 86.3\u00a0% at most, at 2.00 ms per image." in page
+    for said in (
+        "slow: 86.7\u00a0% at most, at 9.00 ms per image.",
+        "fast: 86.3\u00a0% at most, at 2.00 ms per image.",
+    ):
+        assert said in page
     assert '<strong class="long">a_<wbr>long_<wbr>network</strong>' in networks_page("a_long_network", tmp_path)
     assert '<strong class="long">a&lt;b&gt;_<wbr>long_<wbr>network</strong>' in networks_page(
         "a<b>_long_network", tmp_path
     )
     rows = re.findall(r'<span class="name">(.*?)</span>', page)
     assert {"slow", "fast", "poor", "slow low:gap", "fast bottleneck (end:gap)"} <= set(rows)
+    assert all(f"Network {name}" in page for name in FOUND)  # where each one's space, weights and runs are
+
+
+def test_the_page_has_every_layer_on_the_other_source_and_its_logme(tmp_path: Path) -> None:
+    def tested_elsewhere(one: dict[str, Any]) -> dict[str, Any]:
+        shifted = [
+            {**row, "tested_on": "shifted", "accuracy": 0.4321, "low": 0.4, "high": 0.5} for row in one["results"]
+        ]
+        scores = {column["column"]: 1.357 for column in one["columns"]}
+        return {
+            **one,
+            "test_dataset": "away",
+            "results": [*one["results"], *shifted],
+            "transferability": {"scores": scores},
+        }
+
+    found = compared(list(FOUND), {name: tested_elsewhere(one) for name, one in FOUND.items()}.__getitem__)
+    page = write_report(found, tmp_path / "page.html", silent=True).read_text(encoding="utf-8")
+    assert "Accuracy on away" in page
+    assert page.count("43.2\u00a0%") >= 5  # a row for each layer
+    assert "1.357" in page
+    plain = write_report(compared(list(FOUND), FOUND.__getitem__), tmp_path / "plain.html", silent=True)
+    assert "Accuracy on" not in plain.read_text(encoding="utf-8")
 
 
 def networks_page(name: str, folder: Path) -> str:
