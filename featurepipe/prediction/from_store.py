@@ -240,7 +240,10 @@ def _no_such_space(bundle: Bundle, store: FeatureStore, spaces: list[Space], dat
     lines += [f"  {space.name}, which differs in {_differing(bundle, space)}" for space in spaces] or [
         "  no space at all"
     ]
-    return [*lines, f"compute them with: {_command(bundle, store, dataset)}"]
+    tuning = bundle.training.get("tuning")
+    is_tail = tuning is not None and "augmentation" not in tuning  # layers above a node, from stored activations
+    kept = ["or tune again with --store-features, which keeps them in the store of the activations"] if is_tail else []
+    return [*lines, f"compute them with: {_command(bundle, store, dataset)}", *kept]
 
 
 def _differing(bundle: Bundle, space: Space) -> str:
@@ -252,7 +255,7 @@ def _command(bundle: Bundle, store: FeatureStore, dataset: str) -> str:
     about = bundle.backbone
     words = ["featurepipe", "extract", "SOURCE", "--store", str(store.path), "--dataset", dataset]
     words += ["--backbone", about["name"]]
-    words += ["--weights", "FILE" if about["weights"] == "file" else about["weights"]]
+    words += ["--weights", str(bundle.weights_file or "FILE") if about["weights"] == "file" else about["weights"]]
     words += ["--seed", str(about["seed"])] if about["weights"] == "none" else []
     for option in ("precision", "dtype", "decode"):
         words += [f"--{option}", str(bundle.space[option])] if option in bundle.space else []

@@ -223,7 +223,7 @@ def dry_text(found: Mapping[str, Any]) -> str:
         counts = found["counts"]
         lines = [
             f"{found['dataset']}: {counts['train']:,} images to learn from, {counts['validation']:,} to choose by, "
-            f"{counts['test']:,} to test; {found['split']}",
+            f"{counts['test']:,} to test; {_split_of_tuning(found)}",
             *(f"{_tuned(tuning)}; an epoch takes about {spoken(tuning['seconds_per_epoch'])}" for tuning in each),
         ]
     return "\n".join([*lines, "dry run: nothing was written"])
@@ -238,7 +238,7 @@ def finetune_text(found: Mapping[str, Any]) -> str:
     several = f" (the best of {len(tuning['runs'])} runs)" if len(tuning["runs"]) > 1 else ""
     diverged = counted(tuning["diverged"], "run") if "diverged" in tuning else ""
     lines = [
-        found["split"],
+        _split_of_tuning(found),
         f"{_tuned(tuning)}, {spoken(found['seconds'])} in all",
         f"ended after {len(run['history']) - 1} epochs{several}: {run['ended']}",
         *([f"{diverged} diverged, whose loss was not finite, and left nothing"] if diverged else []),
@@ -249,8 +249,14 @@ def finetune_text(found: Mapping[str, Any]) -> str:
         *_start_lines(tuning),
         *([found["stored_features"]["text"]] if "stored_features" in found else []),
         *_bundle_lines(found),
+        _next(found["bundle"]),
     ]
     return "\n".join(lines)
+
+
+def _split_of_tuning(found: Mapping[str, Any]) -> str:
+    """How images were divided; those that are set aside choose, and calibrate in the end."""
+    return str(found["split"]).replace("set aside to calibrate", "set aside, which choose and calibrate")
 
 
 def _start_lines(tuning: Mapping[str, Any]) -> list[str]:

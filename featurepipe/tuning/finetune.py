@@ -202,10 +202,10 @@ def finetune(
         if asked == {"why": []}:
             kept = {} if dry_run else _stored_features(works[0], stored.store, folder, snapshot, say)
             return {**unchanged(works[0], folder), **stored.about(), **kept}
-        for work in works:
-            say(work.text)
         if dry_run:
             return {**works[0].task.as_dict(), "tuning": _planned(works), **asked}
+        for work in works:
+            say(work.text)
         executor.check(stored.store.path)
         with stop_on_signals() as stop:
             record = tune_and_publish(works, folder, stop, executor, start=start, silent=silent, say=say)

@@ -213,8 +213,11 @@ def test_a_tuned_bundle_is_better_than_the_frozen_one_and_a_bundle_like_any_othe
     changed = {name for name, value in held.items() if not torch.equal(value, fresh[name])}
     assert changed == {name for name in held if name.startswith(("c3.", "c5.", "f6."))}
     # features of the frozen network are refused
-    with pytest.raises(BundleError, match="differs in weights_sha256"):
+    with pytest.raises(BundleError, match="differs in weights_sha256") as refused:
         fp.evaluate(tmp_path / "tuned", store, silent=True)
+    assert f"--weights {bundle.weights_file}" in str(refused.value)
+    assert "tune again with --store-features" in str(refused.value)
+    assert finetune_text(tuned).splitlines()[-1].startswith(f"next: featurepipe predict {tmp_path / 'tuned'} IMAGES")
     # the tuned columns are a feature space like any other, on which the same head is as good
     fp.extract(
         piles / "piles",
