@@ -16,7 +16,17 @@ from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, TimedForward, measure
 from featurepipe.layer_depth.networks import compared, keep_recommended, names_of
 from featurepipe.layer_depth.options import MAX_WIDTH, DepthOptions
-from featurepipe.layer_depth.phases import DESCRIBE, EXTRACT, JOIN, MEASURE, PHASES, SETS, Phases, outlook
+from featurepipe.layer_depth.phases import (
+    DESCRIBE,
+    EXTRACT,
+    JOIN,
+    MEASURE,
+    PHASES,
+    SETS,
+    Phases,
+    not_estimated,
+    outlook,
+)
 from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
 from featurepipe.layer_depth.study import AUTO, PRETRAINED, Protocol, Study, choose_columns, settle
 from featurepipe.option_groups import as_asked, by_commas, declared
@@ -278,6 +288,7 @@ def _plan(found: Extracted, protocol: Protocol, options: DepthOptions) -> dict[s
         "measurements": _measurements(found, protocol),
         "side_by_side": joined,
         "seconds": _outlook(found, protocol, options, images, classes),
+        "not_estimated": not_estimated(protocol.heads),
         "protocol": protocol.text,
     }
 
@@ -293,7 +304,9 @@ def _outlook(
 def _expected(found: Extracted, protocol: Protocol, options: DepthOptions, images: int, classes: int) -> dict[str, str]:
     """The same in words, to go behind the name of a phase."""
     seconds = _outlook(found, protocol, options, images, classes)
+    left_out = not_estimated(protocol.heads)
+    besides = f" (without {', '.join(left_out)})" if left_out else ""
     return {
-        name: "" if value is None else f"; about {spoken(value)} if none of it is known yet"
+        name: "" if value is None else f"; about {spoken(value)}{besides} if none of it is known yet"
         for name, value in seconds.items()
     }

@@ -86,10 +86,17 @@ def fit_seconds(rows: int, width: int, classes: int, *, divisions: int | None = 
     return fits * (0.25 + 4e-4 * math.sqrt(values) + 2e-8 * values)  # of Fashion-MNIST, 100 to 2,000 images
 
 
+def not_estimated(heads: Sequence[str]) -> list[str]:
+    """The heads of which no estimate of time is known."""
+    return [head for head in heads if head not in SHARED_PASSES]
+
+
 def outlook(
     protocol: Protocol, columns: Sequence[DepthColumn], *, networks: int, images: int, classes: int, jobs: int | None
 ) -> dict[str, float | None]:
-    """About how long each phase after the extraction takes, in seconds; None where heads are asked for that nothing is known of.
+    """About how long each phase after the extraction takes, in seconds; None where nothing is known of any head.
+
+    Heads that nothing is known of (`not_estimated`) do not count.
 
     Args:
         protocol: how it is measured.
@@ -104,9 +111,9 @@ def outlook(
     single = [fit_seconds(rows, column.width, classes) for column in columns]
     widest = sum(column.width for column in columns)
     at_once = jobs or os.cpu_count() or 1
-    if not set(protocol.heads) <= set(SHARED_PASSES):
+    heads = len(protocol.heads) - len(not_estimated(protocol.heads))
+    if not heads:
         return {MEASURE: None, JOIN: None, DESCRIBE: None}
-    heads = len(protocol.heads)
     return {
         MEASURE: heads * networks * cells * sum(single) / at_once,
         JOIN: SETS * cells * fit_seconds(rows, widest, classes) / at_once,

@@ -79,12 +79,19 @@ def plan_text(found: Mapping[str, Any]) -> str:
     ]
     known = [value for value in found["seconds"].values() if value is not None]
     lines.append(
-        f"in all about {spoken(sum(known))} on an idle machine, a rough figure; what the store has of it takes none"
+        f"in all about {spoken(sum(known))}{_besides(found)} on an idle machine, a rough figure; "
+        "what the store has of it takes none"
         if known
         else f"how long they take is not estimated: only of {', '.join(SHARED_PASSES)} it is known"
     )
     lines += [found["protocol"], "dry run: nothing was changed"]
     return "\n".join(lines)
+
+
+def _besides(found: Mapping[str, Any]) -> str:
+    """Which heads an estimate leaves out."""
+    heads = found.get("not_estimated")
+    return f", without {', '.join(heads)}, whose time is not known," if heads else ""
 
 
 def _lasts(found: Mapping[str, Any], phase: str) -> str:

@@ -154,6 +154,8 @@ def test_a_plan_says_what_would_be_done(speed, expected):
         "folds.",
         "dry run: nothing was changed",
     ]
+    partly = plan_text({**plan, "not_estimated": ["knn"]}).splitlines()[-3]
+    assert partly.startswith("in all about 2:06 min, without knn, whose time is not known, on an idle machine")
     unknown = plan_text({**plan, "seconds": dict.fromkeys(plan["seconds"])}).splitlines()[-3]
     assert unknown == "how long they take is not estimated: only of logistic, linear-svm it is known"
 
@@ -179,6 +181,8 @@ def test_an_estimate_of_fits_is_as_many_times_that_of_one():
     more = outlook(Protocol(["logistic", "linear-svm"], 5, 3), columns, networks=2, images=420, classes=7, jobs=3)
     assert more["measure"] == pytest.approx(4 * once["measure"])
     assert 10 < once["measure"] < 60  # ten fits of a second or more each, on one core
+    besides = outlook(Protocol(["logistic", "knn"], 5, 1), columns, networks=1, images=420, classes=7, jobs=1)
+    assert besides == once  # what is known is told
     unknown = outlook(Protocol(["xgboost"], 5, 1), columns, networks=1, images=420, classes=7, jobs=1)
     assert set(unknown.values()) == {None}
 

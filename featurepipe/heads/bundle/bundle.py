@@ -432,6 +432,8 @@ def write_bundle(
     target = check_bundle_target(path)
     record = plain_record(bundle)
     weights = weights_file if weights_file is not None else bundle.weights_file
+    if weights is not None:
+        record["software"] = _software(*_OF_NETWORKS)
     contents = {**head_files(bundle.head), SEEN: seen_bytes(bundle.seen)}
     if bundle.grouping is not None:
         contents[GROUPS] = seen_bytes(bundle.groups, _GROUPS)
@@ -488,6 +490,7 @@ def _read(folder: Path, record: Mapping[str, Any]) -> Bundle:
 
 
 _PACKAGES = ("featurepipe", "numpy", "safetensors", "scikit-learn", "scipy", "skops", "xgboost")
+_OF_NETWORKS = ("torch", "torchvision")  # told where a bundle has weights of its own, as those of a tuned network
 _JSON = ("backbone", "space", "params", "metrics", "training", "temperature", "columns", "classes")
 _WITHOUT_PATHS = ("backbone", "space", "params", "training")
 
@@ -547,9 +550,9 @@ def _minor(release: str) -> list[str]:
     return release.split(".")[:2]
 
 
-def _software() -> dict[str, str]:
+def _software(*more: str) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

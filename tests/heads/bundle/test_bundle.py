@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,8 @@ def test_own_weights_travel_with_the_bundle(bundle, tmp_path):
     own = dataclasses.replace(bundle, backbone={**bundle.backbone, "weights": "file"})
     first = read_bundle(write_bundle(tmp_path / "first", own, weights_file=weights))
     assert first.weights_file == tmp_path / "first" / "weights.safetensors"
+    assert first.software["torch"] == version("torch")
+    assert "torch" not in read_bundle(write_bundle(tmp_path / "without", bundle)).software
     again = read_bundle(write_bundle(tmp_path / "again", first))
     assert again.weights_file.read_bytes() == weights.read_bytes()
     (tmp_path / "mine.pth").write_bytes(b"\x80\x04N.")
