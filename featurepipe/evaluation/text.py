@@ -47,10 +47,13 @@ def text(record: Mapping[str, Any]) -> str:
 def _heading(record: Mapping[str, Any]) -> str:
     counts, bundle = record["counts"], record["bundle"]
     unknown, copies = counts["unknown_classes"], counts["duplicates"]
+    is_own = record.get("own_classes") is not None
+    head = "own classifier" if is_own else bundle["head"]
     parts = [f"{_images(counts['scored'])} scored"]
     parts += [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
     if unknown:
-        parts.append(f"{sum(unknown.values()):,} left out, of classes the bundle does not know: {_some(list(unknown))}")
+        strange = "of labels that mean no class of the network" if is_own else "of classes the bundle does not know"
+        parts.append(f"{sum(unknown.values()):,} left out, {strange}: {_some(list(unknown))}")
     if counts["unmatched"]:
         parts.append(f"{counts['unmatched']:,} of the given labels fit no image")
     if copies:
@@ -66,7 +69,7 @@ def _heading(record: Mapping[str, Any]) -> str:
         what = f"the number {bundle['target']['column']}, {interval_text(interval) if interval else 'no prediction intervals'}"
     return (
         f"{record['dataset']}, {record['scope']}: {', '.join(parts)}\n"
-        f"{bundle['head']} on {bundle['backbone']} {named_columns(bundle['columns'], bundle.get('bottleneck'))}, {what}"
+        f"{head} on {bundle['backbone']} {named_columns(bundle['columns'], bundle.get('bottleneck'))}, {what}"
     )
 
 

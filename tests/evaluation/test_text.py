@@ -106,6 +106,15 @@ def test_what_was_left_out_is_said():
     assert second.endswith("calibrated (temperature 1.5)")
 
 
+def test_a_network_as_it_is_has_no_bundle_and_a_classifier_of_its_own():
+    own = {"matched": {"cat": ["cat"], "dog": ["dog"]}, "unmatched": ["yak"], "without_images": [], "classes": 7,
+           "among_labels": False, "answers": {}}  # fmt: skip
+    found = {**record(["cat", "dog"], counts={"unknown_classes": {"yak": 4}}), "own_classes": own}
+    first, second = text(found).splitlines()[:2]
+    assert first == "zoo, split test: 300 images scored, 4 left out, of labels that mean no class of the network: yak"
+    assert second.startswith("own classifier on tiny a:gap + b:gap")
+
+
 @pytest.mark.parametrize("names", [["cat", "dog"], [f"species {k}" for k in range(30)]])
 def test_a_head_without_mistakes_says_so(names):
     shown = text(record(names, wrong=0))
