@@ -26,6 +26,7 @@ PHASES = {
 SETS = 3
 """Sets of columns side by side that are measured at most."""
 KEPT = "what was computed and measured is kept in the store; the same command goes on from there"
+KEPT_OF_EXTRACTION = "features that were written to the store, if any, are kept; the same command goes on from there"
 
 
 class Phases:
@@ -63,7 +64,8 @@ class Phases:
         try:
             yield
         except KeyboardInterrupt as error:
-            raise Interrupted(f"stopped by SIGINT in {self.title(name)}: {KEPT}", signal.SIGINT) from error
+            kept = KEPT_OF_EXTRACTION if name == EXTRACT else KEPT
+            raise Interrupted(f"stopped by SIGINT in {self.title(name)}: {kept}", signal.SIGINT) from error
         self.seconds[name] = time.perf_counter() - start
 
 

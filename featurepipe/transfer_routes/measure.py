@@ -22,7 +22,7 @@ from featurepipe.layer_depth.measure import Series, raising_stop, stopped_at_onc
 from featurepipe.layer_depth.phases import divisions_of, fit_seconds
 from featurepipe.layer_depth.probes import Cell
 from featurepipe.layer_depth.study import PRETRAINED, Study
-from featurepipe.progress import Progress
+from featurepipe.progress import Progress, took
 from featurepipe.training.options import SHARES
 from featurepipe.transfer_routes.options import (
     AS_IT_IS,
@@ -111,6 +111,8 @@ def _of_status(path: Path, name: str) -> int:
     raise ValueError(f"{path} does not say {name}")
 
 
+OVERRUN_SECONDS = 10.0
+"""By how much a measurement takes longer than expected where that is told."""
 OVER_BUDGET = "the budget would not have sufficed"
 
 
@@ -264,12 +266,21 @@ def measure_routes(
                         progress.say(f"{trial}: {untried[-1].why}")
                         continue
                     journal.add(trial.key, [cell])
+                    if over := overrun_text(trial, cell.seconds, outlook.seconds(trial)):
+                        progress.say(over)
                     outlook.learn(trial, cell.seconds)
                     done += 1
     except Interrupted as error:
         kept = f"{done:,} of {len(trials):,} measurements are kept"
         raise Interrupted(f"{error}: {kept}; the same command goes on from there", error.exit_code - 128) from error
     return untried
+
+
+def overrun_text(trial: RouteTrial, seconds: float, expected: float) -> str:
+    """That a measurement took far longer than was expected, so that a budget has less left for others; empty if it did not."""
+    if seconds < 2 * expected or seconds - expected < OVERRUN_SECONDS:
+        return ""
+    return f"{trial} took {took(seconds)}, where {took(expected)} were expected; a budget has less left for others"
 
 
 def missing_of(trials: Sequence[RouteTrial], journal: Journal, outlook: TrialTimes) -> list[RouteTrial]:

@@ -202,3 +202,10 @@ def test_the_next_command_names_the_network_and_the_labels_that_were_given():
         "--labels 'my labels.csv' --group family --out BUNDLE"
     ) in text(found)
     assert "--labels FILE --out" in text(changed(labels="dict"))
+
+
+def test_ctrl_c_in_the_extraction_promises_no_store() -> None:
+    phases = Phases({"extract": "features", "measure": "heads"}, lambda _: None)
+    said = "stopped by SIGINT in phase 1 of 2, extract: features that were written to the store, if any, are kept"
+    with pytest.raises(Interrupted, match=said), phases.phase("extract"):
+        raise KeyboardInterrupt

@@ -307,6 +307,14 @@ def test_tables_say_on_how_many_draws_a_difference_to_the_best_rests() -> None:
     assert [[cell.text for cell in row][2:5:2] for row in table.rows] == [["2", "1"], ["1", "\u2013"], ["any", "1"]]
 
 
+def test_a_measurement_that_takes_far_longer_than_expected_is_named() -> None:
+    said = measure.overrun_text("layers, all", 340.0, 39.0)  # type: ignore[arg-type]
+    assert said.startswith("layers, all took ")
+    assert "where 39" in said
+    assert measure.overrun_text("layers, all", 70.0, 39.0) == ""  # type: ignore[arg-type]
+    assert measure.overrun_text("layers, all", 3.0, 1.0) == ""  # type: ignore[arg-type]
+
+
 def test_a_recommendation_says_that_it_rests_on_fewer_draws_than_were_asked_for() -> None:
     said = answers.few_draws_text({"node": 3, "full": 1}, 3)
     assert said == "measured full on 1 draw of 3: take it as rough; the same command measures the others"
