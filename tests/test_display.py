@@ -51,7 +51,8 @@ def test_writing_of_all_peoples_stays():
 def record(name: str) -> dict:
     counts = {"listed": 1, "computed": 1, "known": 0, "rejected": 1}
     return {
-        "dataset": name, "counts": counts, "changes": {}, "gone": 0, "rejects": [{"id": name, "reason": f"gone: {name}"}],
+        "dataset": name, "backbone": {"bottleneck": name}, "counts": counts, "changes": {}, "gone": 0,
+        "rejects": [{"id": name, "reason": f"gone: {name}"}],
         "reject_reasons": {name: 1}, "rejects_file": name, "computed_by_column": {name: 1}, "images_per_second": 1.0,
         "seconds": dict.fromkeys(("read", "decode", "forward", "write", "wall"), 0.1), "verdict": "", "space": name,
     }  # fmt: skip

@@ -110,7 +110,7 @@ def test_stages_are_those_that_depth_compares_and_the_bottleneck_is_named(cli) -
     assert len(fp.nodes("efficientnet_lite0")["nodes"]) > len(found["nodes"]) > 3
     assert found["nodes"][-1]["name"] == found["bottleneck"]
     said = cli("nodes", "lenet5", "--stages").out
-    assert re.search(r"^f6\.1 \(bottleneck\) ", said, re.MULTILINE)
+    assert re.search(r"^bottleneck \(f6\.1\) ", said, re.MULTILINE)
 
 
 def test_cards_are_escaped_and_say_what_they_leave_out(

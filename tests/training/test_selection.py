@@ -217,7 +217,7 @@ def test_without_validation_images_a_share_has_to_be_given(store, labels, tmp_pa
 def test_a_dry_run_says_that_time_is_unknown(run, capsys):
     found, folder = run(dry_run=True, silent=False)
     assert "values are selected first: the time is not estimated" in capsys.readouterr().err
-    assert "blocks.2:gap + blocks.10:gap + end:gap" in cost_text(found)
+    assert "blocks.2:gap + blocks.10:gap + bottleneck (end:gap)" in cost_text(found)
     assert not folder.exists()
 
 
@@ -234,7 +234,7 @@ def test_stored_features_are_predicted_reported_and_compared(store, run, labels,
     found = predict_features(folder, store, tmp_path / "found.csv", dataset="made", silent=True)
     assert found["counts"]["predicted"] == 800
     report(store, tmp_path / "page.html", bundle=folder, silent=True)
-    assert "blocks.10:gap + end:gap" in (tmp_path / "page.html").read_text()
+    assert "blocks.10:gap + bottleneck (end:gap)" in (tmp_path / "page.html").read_text()
     write(store, {"train": 500, "val": 150, "test": 150}, seed=1)
     compared = drift(store, dataset="made", bundle=folder, silent=True)
     assert compared["classes"]["columns"] == ["blocks.10:gap", "end:gap"]
