@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, ClassVar
 
 from docutils import nodes
 from myst_parser.parsers.sphinx_ import MystParser
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -22,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from featurepipe import __version__  # noqa: E402  # of this checkout
 from featurepipe.cli.parser import COMMANDS, EXIT_CODES, build_parser  # noqa: E402
-from featurepipe.jobs.job import Job  # noqa: E402
+from featurepipe.jobs.text import job_keys  # noqa: E402
 
 project = "featurepipe"
 author = "the featurepipe authors"
@@ -122,7 +119,7 @@ class JobKeys(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Returns a section for the keys outside tables, and one for each table."""
         found = []
-        for title, keys in _job_keys().items():
+        for title, keys in job_keys().items():
             name = nodes.make_id(f"table-{title}")
             section = nodes.section("", nodes.title(text=title), ids=[name], names=[name])
             self.state.document.note_explicit_target(section)
@@ -133,43 +130,6 @@ class JobKeys(SphinxDirective):
             section += listed if keys else nodes.paragraph(text="It has no keys.")
             found.append(section)
         return found
-
-
-def _job_keys() -> dict[str, list[tuple[str, str, str]]]:
-    """Of each table of a job file its keys, those that must be given first."""
-    top = "Before the first table"
-    found: dict[str, list[tuple[str, str, str]]] = {top: []}
-    for name, field in Job.model_fields.items():
-        table = next((kind for kind in _classes_in(field.annotation) if issubclass(kind, BaseModel)), None)
-        if table is None:
-            found[top].append(_key(name, field))
-        else:
-            title = f"[[{name}]]" if get_origin(field.annotation) is tuple else f"[{name}]"
-            found[title] = [_key(*key) for key in sorted(table.model_fields.items(), key=_comes_later)]
-    return found
-
-
-def _classes_in(annotation: Any) -> Iterator[type]:
-    """The classes that a type is made of, such as those of ``tuple[TrainTable, ...]``."""
-    if isinstance(annotation, type) and get_origin(annotation) is None:
-        yield annotation
-    for part in get_args(annotation):
-        yield from _classes_in(part)
-
-
-def _comes_later(key: tuple[str, FieldInfo]) -> bool:
-    return not key[1].is_required()
-
-
-def _key(name: str, field: FieldInfo) -> tuple[str, str, str]:
-    """A key, with its default as a job file writes it; whether it must be given; its meaning, without the command's default."""
-    text = field.description or ""
-    if field.is_required():
-        return name, "" if "by default" in text else " must be given", text
-    value = field.get_default(call_default_factory=True)
-    if value is None or value in ((), {}):
-        return name, "", text
-    return f"{name} = {json.dumps(value)}", "", re.sub(r" \(default: [^()]*\)", "", text)
 
 
 class Notebooks(MystParser):

@@ -186,7 +186,7 @@ def test_the_command_line_and_the_function_have_every_option(command):
 
 
 OF_THE_COMMAND = {
-    *("help", "json", "quiet", "dry_run", "scheduler", "cluster"),  # what is printed, and where work runs
+    *("help", "keys", "json", "quiet", "dry_run", "scheduler", "cluster"),  # what is printed, and where work runs
     *("source", "store", "bundle", "backbone", "job", "run_id", "query"),  # what is worked on, named without a flag
     *("out", "to", "node"),  # required: what is written, and what of
     *(

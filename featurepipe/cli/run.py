@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 
 
+class PrintKeys(Action):
+    """Prints what a job file may hold, and ends."""
+
+    def __call__(self, parser: ArgumentParser, _namespace: Namespace, _values: Any, _flag: str | None = None) -> None:
+        """Prints it on standard output."""
+        from featurepipe.jobs.text import keys_text
+
+        print(keys_text())
+        parser.exit()
+
+
 def add_run(command: ArgumentParser) -> None:
     """Declares the command."""
     define(
@@ -35,6 +46,12 @@ def add_run(command: ArgumentParser) -> None:
     )  # fmt: skip
     option = command.add_argument
     option("job", metavar="JOB.toml", help="the job file; relative paths in it are seen from its folder")
+    option(
+        "--keys",
+        action=PrintKeys,
+        nargs=0,
+        help="print all keys of job files with their defaults and meanings, and end",
+    )
     option("--dry-run", action="store_true", help="say what would be done; change nothing")
     option("--retry-rejects", action="store_true", help="try images again whose bytes were rejected before")
     option("--log-format", choices=["text", "json"], default="text",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pyarrow.compute as pc
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from featurepipe.display import counted, dealt_with, first_names, size, table
 from featurepipe.errors import TooManyRejects
+from featurepipe.jobs.job import Job
 from featurepipe.progress import duration, spoken
 from featurepipe.records import RUNNING
 from featurepipe.store import FeatureStore
@@ -18,6 +24,7 @@ from featurepipe.store.snapshots import OK
 _KINDS = ("new", "changed", "moved", "copied", "relabelled", "touched", "corrupted", "repaired", "new_rejected",
           "still_rejected", "unchanged")  # fmt: skip
 _WARNINGS_SHOWN = 8
+_KEY_WIDTH = 100
 _WIDEST = 110
 """Characters of a step's line beyond which its text goes on below."""
 
@@ -388,3 +395,58 @@ def _figures(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"store: {size(record['store_bytes'])}; free on its disk: {size(record.get('free_bytes') or 0)}"
     if record.get("versions"):
         yield f"versions: {', '.join(f'{name} {value}' for name, value in record['versions'].items())}"
+
+
+def keys_text() -> str:
+    """Every key that a job file may have, table by table, with its default and meaning."""
+    lines = ["Paths are relative to the job file. [[...]] may be there several times, [...] once."]
+    for title, keys in job_keys().items():
+        lines += ["", title]
+        for key, what, text in keys:
+            lines += ["", *textwrap.wrap(f"{key}{what}", _KEY_WIDTH, initial_indent="  ", subsequent_indent="    ")]
+            lines += textwrap.wrap(text, _KEY_WIDTH, initial_indent="      ", subsequent_indent="      ")
+        if not keys:
+            lines += ["", "  It has no keys."]
+    return "\n".join(lines)
+
+
+def job_keys() -> dict[str, list[tuple[str, str, str]]]:
+    """Of each table of a job file its keys, those that must be given first.
+
+    Returns:
+        For each title, such as ``[source]``, keys with their defaults as a job file writes them, whether they must be given, and
+        what they mean.
+    """
+    top = "Before the first table"
+    found: dict[str, list[tuple[str, str, str]]] = {top: []}
+    for name, field in Job.model_fields.items():
+        table = next((kind for kind in _classes_in(field.annotation) if issubclass(kind, BaseModel)), None)
+        if table is None:
+            found[top].append(_key(name, field))
+        else:
+            title = f"[[{name}]]" if get_origin(field.annotation) is tuple else f"[{name}]"
+            found[title] = [_key(*key) for key in sorted(table.model_fields.items(), key=_comes_later)]
+    return found
+
+
+def _classes_in(annotation: Any) -> Iterator[type]:
+    """The classes that a type is made of, such as those of ``tuple[TrainTable, ...]``."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        yield annotation
+    for part in get_args(annotation):
+        yield from _classes_in(part)
+
+
+def _comes_later(key: tuple[str, FieldInfo]) -> bool:
+    return not key[1].is_required()
+
+
+def _key(name: str, field: FieldInfo) -> tuple[str, str, str]:
+    """A key, with its default as a job file writes it; whether it must be given; its meaning, without the command's default."""
+    text = field.description or ""
+    if field.is_required():
+        return name, "" if "by default" in text else " must be given", text
+    value = field.get_default(call_default_factory=True)
+    if value is None or value in ((), {}):
+        return name, "", text
+    return f"{name} = {json.dumps(value)}", "", re.sub(r" \(default: [^()]*\)", "", text)

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from featurepipe.cli import main
 from featurepipe.errors import StoreLocked, UsageError
+from featurepipe.jobs.job import Job
 
 RUN = "featurepipe.jobs.run:run_job"
 TEXT = "featurepipe.jobs.text"
@@ -158,3 +160,15 @@ def test_rejects_of_all_datasets_or_of_one(nights, call, monkeypatch):
     unknown = call("runs", nights, "--rejects", "--dataset", "cat")
     assert (unknown.code, "unknown dataset 'cat'" in unknown.err) == (2, True)
     assert "--dataset belongs to --rejects" in call("runs", nights, "--dataset", "cats").err
+
+
+def test_all_keys_of_job_files_are_printed_with_their_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--keys"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "\n[source]\n\n  path must be given\n" in said
+    assert '\n  box_unit = "pixels"\n' in said
+    assert "\n[forget]\n\n  ids must be given\n" in said
+    for name, field in Job.model_fields.items():
+        assert any(f"\n{title}" in said for title in (f"[{name}]\n", f"[[{name}]]\n", f"  {name}")), field
