@@ -59,6 +59,10 @@ class Report:
         """Whether nothing stops the main job."""
         return all(check.status != PROBLEM for check in self.checks)
 
+    @property
+    def _lacks_weights(self) -> bool:
+        return any(check.name == "weights" and check.status != OK for check in self.checks)
+
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         return {"healthy": self.healthy, "checks": [asdict(check) for check in self.checks]}
@@ -69,7 +73,10 @@ class Report:
             table(["check", "status", "found"], [[check.name, check.status, check.found] for check in self.checks])
         ]
         lines += [f"{check.status}, {check.name}: {check.next_step}" for check in self.checks if check.next_step]
-        lines.append("nothing stops featurepipe extract" if self.healthy else "featurepipe extract will not work yet")
+        first = ", once it has the weights of its network" if self._lacks_weights else ""
+        lines.append(
+            f"nothing stops featurepipe extract{first}" if self.healthy else "featurepipe extract will not work yet"
+        )
         return "\n".join(lines)
 
 

@@ -212,3 +212,10 @@ def test_the_real_catalogue_in_one_document(cli: Callable[..., Finished], tmp_pa
     assert "Traceback" not in found.err
     (weights,) = (check for check in found.json()["checks"] if check["name"] == "weights")
     assert "efficientnet_lite0" in weights["found"]
+
+
+def test_lacking_weights_are_said_at_the_end_too() -> None:
+    lacking = Report((Check("weights", "warning", "none at hand", "get some"), Check("disk", "ok", "10 GB")))
+    assert lacking.text().endswith("\nnothing stops featurepipe extract, once it has the weights of its network")
+    assert lacking.healthy
+    assert Report((Check("weights", "ok", "vgg16"),)).text().endswith("\nnothing stops featurepipe extract")
