@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from featurepipe.display import size
 from featurepipe.errors import WorkerRefused
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
+from featurepipe.progress import Progress
 from featurepipe.training.splits import Fold
 
 if TYPE_CHECKING:
@@ -139,13 +140,14 @@ def fit_try(data: DataHere | DataElsewhere, tried: Try, worker: Worker, _stop: S
         return data.fit(tried.head, rows, *data.folds[tried.fold])
 
 
-def try_all(executor: Executor, data: DataHere | DataElsewhere, heads: Sequence[Any]) -> list[Any]:
+def try_all(executor: Executor, data: DataHere | DataElsewhere, heads: Sequence[Any], told: Progress) -> list[Any]:
     """Fits every head on every fold, each by itself.
 
     Args:
         executor: who fits. Workers elsewhere take as many at a time as their memory permits.
         data: rows and folds.
         heads: unfitted.
+        told: counts the fits that are done.
 
     Returns:
         What the data's ``fit`` returned, the folds of the first head first.
@@ -162,4 +164,5 @@ def try_all(executor: Executor, data: DataHere | DataElsewhere, heads: Sequence[
     with closing(results):
         for tried, outcome in results:
             found[tried.number] = outcome
+            told.advance(1)
     return [found[number] for number in range(len(found))]

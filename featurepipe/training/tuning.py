@@ -20,7 +20,7 @@ from sklearn.pipeline import Pipeline
 from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.heads.statistics.regression import quadratic_kappa
-from featurepipe.progress import took
+from featurepipe.progress import Paced, duration, took
 from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.splits import Fold
 from featurepipe.training.task import weighted
@@ -142,17 +142,17 @@ def search(task: Task, recipe: Recipe, *, jobs: int, say: Callable[[str], None])
         task: what was settled.
         recipe: the head; parameters that it sets are not searched.
         jobs: fits at once, where each fits in memory.
-        say: told what is tried, and what won.
+        say: told what is tried, every so often how far it is, and how long it took.
     """
     start = time.perf_counter()
     say(f"tuning {recipe.head}: {grid_size(recipe)} sets of parameters")
     with refusals(recipe.head):
-        found = _search(task, recipe, jobs)
+        found = _search(task, recipe, jobs, say)
     say(f"tuned in {took(time.perf_counter() - start)}")
     return found
 
 
-def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
+def _search(task: Task, recipe: Recipe, jobs: int, say: Callable[[str], None]) -> Search:
     folds = _thinned(task.folds(recipe.folds), recipe.family.search_rows, task.seed)
     grid = _open_parameters(recipe)
     each: Mapping[str, Sequence[float]] = {}
@@ -163,7 +163,7 @@ def _search(task: Task, recipe: Recipe, jobs: int) -> Search:
         trials = _in_shared_passes(task, recipe, folds, grid["C"])
         how = "in shared passes over the data"
     else:
-        trials, how = _each_by_itself(task, recipe, folds, grid, jobs)
+        trials, how = _each_by_itself(task, recipe, folds, grid, jobs, say)
     rows = sum(map(len, folds[0]))
     where = f"{len(folds)} folds of {rows:,} images"
     if len(folds) == 1:
@@ -244,24 +244,47 @@ def _c_for_each_label(
     return trials, {"C": found.C.tolist()}
 
 
+class _Said(Paced):
+    """Says every so often how many fits are done, and about how long the others will take."""
+
+    def __init__(self, fits: int, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(fits, "tuning", "fits", every=15.0, clock=clock)
+        self._say = say
+
+    def tell(self, rate: float, bottleneck: str) -> None:
+        """Says it."""
+        del bottleneck
+        self.say(f"{self.how_far}, {duration((self.total - self.done) / rate)} left")
+
+    def say(self, message: str) -> None:
+        """Says anything else."""
+        self._say(message)
+
+
 def _each_by_itself(
-    task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapping[str, Sequence[Any]], jobs: int
+    task: Task,
+    recipe: Recipe,
+    folds: Sequence[Fold],
+    grid: Mapping[str, Sequence[Any]],
+    jobs: int,
+    say: Callable[[str], None],
 ) -> tuple[list[Trial], str]:
     """The trials, and how they were made: by the workers of a cluster in memory, if that is enough, else here."""
     fit = _boosted if recipe.head == "xgboost" else _plain
     points = list(ParameterGrid(grid))
+    told = _Said(len(points) * len(folds), say)
     rows, places = _pool(folds, parts=2)
     room = _room(task, recipe, rows, folds)
     there = fits_at_once(task.executor, room)
     if there:
         answers = None if task.targets is None else task.targets[rows]
         elsewhere = DataElsewhere(task.features.take(rows), places, fit, room, answers)
-        results = try_all(task.executor, elsewhere, _heads(_on_one_core(recipe), points))
+        results = try_all(task.executor, elsewhere, _heads(_on_one_core(recipe), points), told)
         how = f"each by itself, {there} at a time on the cluster"
     elif task.cost.solver == "blocks":
         heads = _heads(recipe, points, out_of_core=True, memory=task.cost.budget_bytes)
         blocks = Answered(task.rows(rows), task.answers(rows), task.weights(rows))
-        results = try_all(LocalExecutor(), DataHere(blocks, places, fit), heads)
+        results = try_all(LocalExecutor(), DataHere(blocks, places, fit), heads, told)
         how = "each by itself, 1 at a time"
     else:
         jobs = min(jobs, max(1, (task.cost.budget_bytes or 0) // max(1, task.cost.in_memory_bytes)))
@@ -272,7 +295,7 @@ def _each_by_itself(
             LocalExecutor() if jobs == 1 else ProcessExecutor(jobs, threads=max(1, (os.cpu_count() or 1) // jobs))
         )
         with threads_for(here.data[0].shape) if jobs == 1 else nullcontext():
-            results = try_all(processes, here, heads)
+            results = try_all(processes, here, heads, told)
         how = f"each by itself, {jobs} at a time"
     each = len(folds)
     measure = "rmse" if task.is_numeric else "map" if task.is_multilabel else "accuracy"

@@ -19,6 +19,7 @@ from featurepipe.execution.dask import cluster_name
 from featurepipe.heads import RBFSVM
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.prediction.from_store import predict_features
+from featurepipe.progress import Silent
 from featurepipe.training import trials, tuning
 from featurepipe.training.text import cost_text, train_text
 from featurepipe.training.train import train
@@ -302,7 +303,7 @@ def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, launch
         folds = [(rows[:60], rows[60:]), (rows[60:], rows[:60])]
         data = DataElsewhere(features, folds, fit, Room(each, each))
         assert fits_at_once(dask_executor, data.room) == 4
-        found = try_all(dask_executor, data, [RBFSVM(C=float(c)) for c in range(1, 9)])
+        found = try_all(dask_executor, data, [RBFSVM(C=float(c)) for c in range(1, 9)], Silent())
     assert found == [(float(c), 120, size) for c in range(1, 9) for size in (60, 60)]
     events = sorted((float(when), who, int(step)) for who, when, step in map(str.split, log.read_text().splitlines()))
     now, most = Counter(), Counter()

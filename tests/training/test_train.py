@@ -450,3 +450,24 @@ def test_other_weights_are_something_else_to_learn_from(weighted_zoo, run):
     assert "skipped" in run(zoo, labels=path, weight="w", calibration=False, if_changed=True)
     path.write_text(path.read_text().replace(",2\n", ",3\n", 1))
     assert run(zoo, labels=path, weight="w", calibration=False, if_changed=True)["why"] == ["other settings: weight"]
+
+
+def test_a_long_search_says_how_far_it_is_and_how_long_it_takes_yet():
+    from sklearn.naive_bayes import GaussianNB
+
+    from featurepipe.execution.local import LocalExecutor
+    from featurepipe.training.trials import DataHere, try_all
+    from featurepipe.training.tuning import _Said
+
+    now, said = [0.0], []
+
+    def fit(head, data, train, check):
+        now[0] += 6.0
+        return head.var_smoothing, len(data[train]), len(check)
+
+    rows = np.arange(6)
+    data = DataHere(rows, [(rows[2:], rows[:2]), (rows[:3], rows[3:])], fit)
+    heads = [GaussianNB(var_smoothing=value) for value in (0.1, 0.2, 0.3)]
+    found = try_all(LocalExecutor(), data, heads, _Said(6, said.append, clock=lambda: now[0]))
+    assert found == [(value, *rows) for value in (0.1, 0.2, 0.3) for rows in ((4, 2), (3, 3))]
+    assert said == ["tuning: 3 of 6 fits, 0:18 left", "tuning: 6 of 6 fits, 0:00 left"]
