@@ -78,7 +78,16 @@ def check_decode(result):
     assert 0.99 < min(cosines) <= max(cosines) <= 1
 
 
-CHECKS = {"bench_flips": check_flips, "bench_decode": check_decode}
+def check_select(result):
+    assert result["candidates"] > 0
+    assert result["test_images"] > 0
+    assert result["commands"]["classes"].keys() == {"10", "100"}
+    for found in result["commands"]["classes"].values():
+        assert found.keys() == {"outliers", "outliers by class", "labels"}
+        assert all(command["seconds"] > 0 and command["peak_mb"] > 0 for command in found.values())
+
+
+CHECKS = {"bench_flips": check_flips, "bench_decode": check_decode, "bench_select": check_select}
 
 
 @pytest.mark.slow
