@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,7 +19,7 @@ from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
 from featurepipe.execution.local import features_at
 from featurepipe.features.options import Places, places
-from featurepipe.heads.blocks import Blocks, RowThreads, iterate
+from featurepipe.heads.blocks import Blocks, RowThreads, pieces
 from featurepipe.heads.moments import refuse_non_finite
 from featurepipe.heads.row_shards import row_shards_of
 from featurepipe.monitoring.near import Directions, common_centre, nearest, unit_vectors
@@ -333,17 +333,9 @@ def _distances(
         return apart
 
     with RowThreads(wanted=shard.shape[0] > _BLOCK_ROWS) as threads:
-        for (place, _), apart in threads.map(compare, _pieces(shard, _BLOCK_ROWS * len(compared))):
+        for (place, _), apart in threads.map(compare, pieces(shard, _BLOCK_ROWS * len(compared), dtype=np.float32)):
             found[place] = apart
     return found
-
-
-def _pieces(shard: Blocks, rows: int) -> Iterator[tuple[slice, Single]]:
-    """So many rows at a time at most, and where they are."""
-    for place, block in iterate(shard, dtype=np.float32):
-        for start in range(0, len(block), rows):
-            part = block[start : start + rows]
-            yield slice(place.start + start, place.start + start + len(part)), part
 
 
 @dataclass(frozen=True)

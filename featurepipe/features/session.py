@@ -291,16 +291,26 @@ class SampleContext:
 
     def load(self, session: Session, sample: Sample, intensity: str) -> torch.Tensor:
         """The usable images: uint8 (n, C, h, w)."""
-        about = session.backbone, session.machine
-        return load_sample(self.source, sample.listing, *about, sample.rows, sample.images, intensity)
+        found = list(self._usable(session, session.machine, sample, intensity))
+        shape = session.backbone.preprocessing.input_shape
+        return torch.stack(found) if found else torch.zeros((0, *shape), dtype=torch.uint8)
 
     def batches(self, session: Session, sample: Sample, intensity: str) -> Generator[torch.Tensor, None, None]:
         """The usable images, some at a time, as they are asked for: each uint8 (n, C, h, w)."""
         machine = replace(session.machine, batch_size=min(session.machine.batch_size, AT_ONCE))  # reads less ahead
-        found = usable(self.source, sample.listing, session.backbone, machine, sample.rows, sample.images, intensity)
-        with closing(found):
+        with closing(self._usable(session, machine, sample, intensity)) as found:
             while some := list(islice(found, AT_ONCE)):
                 yield torch.stack(some)
+
+    def _usable(
+        self, session: Session, machine: Machine, sample: Sample, intensity: str
+    ) -> Generator[torch.Tensor, None, None]:
+        """The usable images one by one: each uint8 (C, h, w)."""
+        decoding = Decoding("cpu", intensity)
+        loader = loader_for(self.source, lambda _key: ("sample",), session.backbone, machine, decoding, StageSeconds())
+        with closing(loader.load(sample.listing, sample.rows[: 4 * sample.images])) as batches:
+            found = (image.pixels for batch in batches for image in batch if image.pixels is not None)
+            yield from islice(found, sample.images)
 
     def close(self) -> None:
         """Closes the source, in a process elsewhere that needs it no longer."""
@@ -515,33 +525,3 @@ def loader_for(
         workers=machine.workers,
         window=4 * machine.batch_size,
     )
-
-
-def usable(
-    source: Source,
-    listing: pa.Table,
-    backbone: Backbone,
-    machine: Machine,
-    rows: np.ndarray,
-    images: int,
-    intensity: str,
-) -> Generator[torch.Tensor, None, None]:
-    """Yields the first usable images among ``rows``: uint8 (C, h, w), at most ``images`` of them."""
-    loader = loader_for(source, lambda _key: ("sample",), backbone, machine, Decoding("cpu", intensity), StageSeconds())
-    with closing(loader.load(listing, rows[: 4 * images])) as batches:
-        found = (image.pixels for batch in batches for image in batch if image.pixels is not None)
-        yield from islice(found, images)
-
-
-def load_sample(
-    source: Source,
-    listing: pa.Table,
-    backbone: Backbone,
-    machine: Machine,
-    rows: np.ndarray,
-    images: int,
-    intensity: str,
-) -> torch.Tensor:
-    """The first usable images among ``rows``: uint8 (n, C, h, w) with n <= ``images``."""
-    found = list(usable(source, listing, backbone, machine, rows, images, intensity))
-    return torch.stack(found) if found else torch.zeros((0, *backbone.preprocessing.input_shape), dtype=torch.uint8)

@@ -218,6 +218,16 @@ def iterate(
             del block
 
 
+def pieces(
+    features: Blocks, most: int, *, rows: int | None = None, dtype: npt.DTypeLike
+) -> Iterator[tuple[slice, Array]]:
+    """Cuts the blocks of ``iterate`` into pieces of at most ``most`` rows: what one thread works on at a time."""
+    for place, block in iterate(features, rows=rows, dtype=dtype):
+        for start in range(0, len(block), most):
+            part = block[start : start + most]
+            yield slice(place.start + start, place.start + start + len(part)), part
+
+
 class RowThreads:
     """Works on pieces of rows in as many threads as matrix products may use, each of which then uses one.
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurepipe.heads.blocks import Array, Blocks, RowThreads, iterate
+from featurepipe.heads.blocks import Array, Blocks, RowThreads, pieces
 from featurepipe.heads.linear.joint import pair_curvature
 from featurepipe.heads.linear.losses import Loss, Measured, RotatedDiagonals, softmax
 
@@ -25,15 +25,6 @@ _PIECE_ROWS = 1024  # at least, so that their sums take little time beside their
 _PIECE_FLOPS = 1 << 27  # some milliseconds: more than it takes to hand a piece to a thread
 _WORTH_FLOPS = 1 << 29  # of a pass that threads are started for
 _PARTIAL_BYTES = 32 << 20  # that the sums of pieces may take while they wait to be added
-
-
-def _pieces(blocks: Blocks, *, rows: int, dtype: np.dtype[Any], columns: int) -> Iterator[Piece]:
-    """Cuts blocks of rows into pieces: what one thread works on at a time."""
-    piece = max(_PIECE_ROWS, _PIECE_FLOPS // (4 * columns * blocks.shape[1]))
-    for place, block in iterate(blocks, rows=rows, dtype=dtype):
-        for start in range(0, len(block), piece):
-            part = block[start : start + piece]
-            yield slice(place.start + start, place.start + start + len(part)), part
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,8 @@ class Order:
         return threads
 
     def _pieces(self, blocks: Blocks) -> Iterator[Piece]:
-        return _pieces(blocks, rows=self.rows, dtype=self.dtype, columns=len(self.at.coefficients))
+        most = max(_PIECE_ROWS, _PIECE_FLOPS // (4 * len(self.at.coefficients) * blocks.shape[1]))
+        return pieces(blocks, most, rows=self.rows, dtype=self.dtype)
 
 
 def _products(derivatives: Array, block: Array) -> tuple[Array, Array]:
