@@ -277,7 +277,7 @@ class _Pieces:
 WORST_COSINE = 0.999
 """What reduced precision must keep to: of fewer than one image in 1,000 features agree with fp32 less than this."""
 
-DEMANDED_COSINE = 0.99995
+DEMANDED_COSINE = round(1 - (1 - WORST_COSINE) / 20, 5)
 """What every compared image must keep to for that: a twentieth of the allowed distance, as some images are far worse than most
 (figures in docs/decisions/auto-settings.md)."""
 
