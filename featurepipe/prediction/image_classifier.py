@@ -53,7 +53,6 @@ class ImageClassifier:
     """
 
     def __init__(self, ready: ReadyBundle, *, on_reject: str = RAISE) -> None:
-        check_on_reject(on_reject)
         self.bundle = ready.bundle
         self.classes_ = np.array(ready.bundle.classes, dtype=object)
         self.weights_note = ready.backbone.weights_note

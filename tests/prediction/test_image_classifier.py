@@ -20,6 +20,7 @@ from featurepipe.extraction.extract import extract
 from featurepipe.heads.calibration import class_scores
 from featurepipe.heads.families import HEADS, make_head
 from featurepipe.images.decode import decode, decoding_fields
+from featurepipe.prediction import image_classifier
 from featurepipe.prediction.image_classifier import ImageClassifier, TorchClassifier
 from featurepipe.store import FeatureStore
 
@@ -75,6 +76,15 @@ def test_one_unreadable_image_of_many_is_named_or_has_no_label(album, classifier
     assert lenient.predict([tmp_path / "text.png"]).tolist() == [None]
     with pytest.raises(UsageError, match="unknown on_reject 'skip'; choices: raise, nan"):
         ImageClassifier.load("nowhere", on_reject="skip")
+
+
+def test_what_rejects_do_is_checked_once_before_the_network_is_loaded(album, monkeypatch):
+    order = []
+    ready = image_classifier.make_ready
+    monkeypatch.setattr(image_classifier, "check_on_reject", order.append)
+    monkeypatch.setattr(image_classifier, "make_ready", lambda *given: (order.append("load"), ready(*given))[1])
+    assert ImageClassifier.load(album.bundle(), workers=2, on_reject="nan").on_reject == "nan"
+    assert order == ["nan", "load"]
 
 
 def test_paths_pil_images_and_arrays_give_the_same_in_any_order(album, classifier, score_moves):
