@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from featurepipe.progress import Progress
 
 
+WORTH_STARTING = 3.0
+"""Seconds of work from which on processes are started for it, which takes about as long."""
 COPIES = 6
 """Times that a cell's features are in memory at once, as float32: read, standardised, in the fold's parts, in a solver."""
 
@@ -223,9 +225,7 @@ def _measured(
         return
     context, beside = Measuring.of(study), 1
     if executor.is_local:
-        beside_us = _side_by_side(executor, context, missing, jobs)
-        with closing(beside_us.map(measure_cells, missing, context=context, interruptible=False)) as results:
-            yield from results
+        yield from _measured_here(executor, context, missing, jobs or os.cpu_count() or 1)
         return
     executor.check(study.store.path)
     if not context.wide:
@@ -236,10 +236,35 @@ def _measured(
             yield from results
 
 
-def _side_by_side(executor: Executor, context: Measuring, missing: Sequence[Work], jobs: int | None) -> Executor:
-    """Processes of this machine, where several fits at once are faster than one on all cores."""
-    count = jobs or os.cpu_count() or 1
-    return executor if count == 1 or len(missing) == 1 or context.wide else ProcessExecutor(count)
+def _measured_here(
+    executor: Executor, context: Measuring, missing: Sequence[Work], processes: int
+) -> Generator[tuple[Work, list[Cell]], None, None]:
+    """In processes of this machine, where several fits at once are faster than one on all cores, and worth starting them.
+
+    What takes seconds in all is measured in this process, on one thread as in theirs, so that the same bits come out.
+    """
+    side_by_side = processes > 1 and len(missing) > 1 and not context.wide
+    begun, start = 0, time.perf_counter()
+
+    def a_few() -> Iterator[Work]:
+        nonlocal begun
+        for begun, work in enumerate(missing, 1):
+            yield work
+            spent = time.perf_counter() - start
+            if spent > WORTH_STARTING and spent / begun * (len(missing) - begun) > WORTH_STARTING:
+                return
+
+    with (
+        threadpool_limits(1) if side_by_side else nullcontext(),
+        closing(
+            executor.map(measure_cells, a_few() if side_by_side else missing, context=context, interruptible=False)
+        ) as results,
+    ):
+        yield from results
+    if side_by_side and begun < len(missing):
+        others = ProcessExecutor(processes).map(measure_cells, missing[begun:], context=context, interruptible=False)
+        with closing(others) as results:
+            yield from results
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from featurepipe.errors import Interrupted
+from featurepipe.execution.local import LocalExecutor
 from featurepipe.heads.calibration import expected_calibration_error, probabilities
 from featurepipe.layer_depth import document as details_module
 from featurepipe.layer_depth import measure as module
@@ -141,13 +144,42 @@ def test_a_signal_ends_it_at_once_and_says_what_is_kept(study, counted, monkeypa
     assert len(counted.calls) == 1
 
 
+def test_seconds_of_work_start_no_processes(study, counted, monkeypatch):
+    monkeypatch.setattr(module, "ProcessExecutor", lambda *_, **__: pytest.fail("started"))
+    found = counted(study(heads=("centroid", "knn"), folds=3, seeds=2), jobs=2)
+    assert len(counted.calls) == 2 * 6
+    assert [len(series.cells) for series in found] == [6, 6, 6, 6]
+
+
+def test_processes_are_started_as_soon_as_much_is_left(study, counted, monkeypatch):
+    taken, now = [], [0.0]
+
+    class There(LocalExecutor):
+        def __init__(self, processes):
+            super().__init__()
+            taken.append(processes)
+
+    fit = module.measure_fold
+    monkeypatch.setattr(module, "measure_fold", lambda *given: (now.__setitem__(0, now[0] + 1.0), fit(*given))[1])
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0], time=time.time))
+    monkeypatch.setattr(module, "ProcessExecutor", There)
+    counted(study(folds=3, seeds=2), jobs=2)  # 12 cells of a second: after 4 of them 8 s are left
+    assert taken == [2]
+    assert len(counted.calls) == 12
+    counted.path = counted.path.with_name("few.jsonl")
+    counted(study(folds=3, seeds=1), jobs=2)  # 6 cells: after 4 of them 2 s are left
+    assert taken == [2]
+
+
 @pytest.mark.slow
-def test_several_at_once_measure_the_same(study, counted, tmp_path):
+def test_several_at_once_measure_the_same(study, counted, tmp_path, monkeypatch):
     given = study(heads=("logistic", "knn"), seeds=2, shifted="away")
-    alone = counted(given)
+    alone = counted(given, jobs=2)
+    assert len(counted.calls) == 8  # seconds of work: all here
     counted.path = tmp_path / "other.jsonl"
+    monkeypatch.setattr(module, "WORTH_STARTING", 0.0)
     together = counted(given, jobs=2)
-    assert counted.calls == []  # all in other processes
+    assert len(counted.calls) == 1  # the others in processes
     check_same(alone, together)
     for one, other in zip(alone, together, strict=True):
         for a, b in zip(one.cells, other.cells, strict=True):
