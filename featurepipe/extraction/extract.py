@@ -231,6 +231,7 @@ class Estimate:
         images_per_second: measured on the sample, or None.
         sampled: images in the timed sample.
         bytes_per_column: bytes of features that each column would add, if no image is a copy of another.
+        settings: of the feature space, ``value`` and ``why`` of each, as run records have them.
         space: the feature space that would be used.
         new_space: whether it would be a new one, and why.
         listing: what the source lists, ignores and guesses; see `ListingSummary`.
@@ -249,6 +250,7 @@ class Estimate:
     images_per_second: float | None
     sampled: int
     bytes_per_column: dict[str, int]
+    settings: dict[str, dict[str, str]]
     space: dict[str, Any]
     new_space: str | None
     listing: dict[str, Any]
@@ -282,6 +284,7 @@ def estimate(job: ExtractionSpec, sample_size: int, executor: Executor | None = 
         bytes_per_column={
             str(column): _lacking(job, column) * _bytes_per_image(job, column) for column in job.session.columns
         },
+        settings=job.session.settled.as_dict(),
         space=dict(job.fields),
         new_space=job.why_new,
         listing=job.listing.as_dict(),

@@ -170,10 +170,7 @@ def describe(job: ExtractionSpec, ledger: ExtractionLedger) -> dict[str, Any]:
         "fingerprint": job.existing_space.fingerprint,
         "new_space": job.why_new,
         "columns": [str(column) for column in job.session.columns],
-        "settings": {
-            name: {"value": value, "why": job.session.settled.why[name]}
-            for name, value in job.session.settled.values().items()
-        },
+        "settings": job.session.settled.as_dict(),
         "machine": {
             "device": job.session.machine.device,
             "batch_size": job.session.machine.batch_size,

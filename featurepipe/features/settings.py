@@ -73,11 +73,32 @@ class Settings:
         """The values alone, by name."""
         return {name: getattr(self, name) for name in SETTINGS}
 
+    def as_dict(self) -> dict[str, dict[str, str]]:
+        """Plain JSON values, as run records have them: ``value`` and ``why`` of each, by name."""
+        return {name: {"value": value, "why": self.why[name]} for name, value in self.values().items()}
+
     def fields(self) -> dict[str, Any]:
         """The values as they go into the feature space, with all that decoding does."""
         decoding = decoding_fields(self.intensity, self.decode)
         mirrored = {MIRRORED: True} if self.mirrored else {}
         return {**{name: getattr(self, name) for name in _PLAIN}, "decoding": decoding, **mirrored}
+
+
+class Settled(str):
+    """A setting that an extraction before has settled: it is followed like one that was asked for, and it says why.
+
+    Attributes:
+        why: it has its value.
+    """
+
+    __slots__ = ("why",)
+    why: str
+
+    def __new__(cls, value: str, why: str = "") -> Self:
+        """A text with a reason."""
+        made = super().__new__(cls, value)
+        made.why = why
+        return made
 
 
 @dataclass(frozen=True)
@@ -95,7 +116,7 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
     followed for a new column it is measured on that one too; and a space of scaled JPEGs is followed where scaling was asked for.
 
     Args:
-        asked: what the user asked for, each a choice or ``auto``.
+        asked: what the user asked for, or what was `Settled` before, each a choice or ``auto``.
         held: the feature spaces that the store holds for this backbone, best first (those that this dataset used last, then
             others). The first that agrees with all that was asked for explicitly is followed, or else the first.
         measure_precision: compares precisions; called only when needed.
@@ -122,7 +143,7 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
             f"{why['decode']}; {', '.join(sorted(scaled))}, which the store has too, is only used where asked for"
         )
     values.update(explicit)
-    why.update(dict.fromkeys(explicit, "asked for"))
+    why.update({name: getattr(asked[name], "why", "asked for") for name in explicit})
     values["intensity"] = str(parse_intensity(values["intensity"]))
     if "precision" not in values:
         values["precision"], why["precision"] = measure_precision(None, values["intensity"])

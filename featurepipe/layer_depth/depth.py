@@ -27,8 +27,8 @@ from featurepipe.layer_depth.phases import (
     not_estimated,
     outlook,
 )
-from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
-from featurepipe.layer_depth.study import AUTO, PRETRAINED, Protocol, Study, choose_columns, settle
+from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, counts_of, extracted
+from featurepipe.layer_depth.study import AUTO, PRETRAINED, Protocol, Study, choose_columns, images_of, settle
 from featurepipe.option_groups import as_asked, by_commas, declared
 from featurepipe.progress import announcer, show, spoken
 from featurepipe.reporting.from_store import report as write_page
@@ -164,7 +164,9 @@ def depth(
     with executor_on(None if dry_run else cluster, say=say) as executor:
         arguments = {**(extraction or {}), "cluster": executor}
         if dry_run:
-            return _plan(extracted(wanted, arguments, dry_run=True, say=say), protocol, options)
+            ahead = extracted(wanted, arguments, dry_run=True, say=say)
+            images = ahead.joined(labels, RoleOptions.of(options), say)
+            return _plan(ahead, protocol, options, counts_of(images, tests=protocol.folds is None))
         with clock.phase(EXTRACT):
             found = extracted(wanted, arguments, dry_run=False, say=say)
         study = settle(
@@ -277,14 +279,20 @@ def _measurements(found: Extracted, protocol: Protocol) -> int:
     return len(found.columns) * len(found.networks) * len(protocol.heads) * (protocol.folds or 1) * protocol.seeds
 
 
-def _plan(found: Extracted, protocol: Protocol, options: DepthOptions) -> dict[str, Any]:
+def _plan(
+    found: Extracted, protocol: Protocol, options: DepthOptions, counts: tuple[int, int, int | None]
+) -> dict[str, Any]:
     """What a dry run says: columns, what is extracted, and each phase after that with the time that it may take."""
-    images, classes = found.counted()
+    images, classes, groups = counts
     cells = (protocol.folds or 1) * protocol.seeds
     joined = SETS * cells if len(found.columns) > 1 else 0
     return {
         "kind": "depth plan",
         **found.plan(),
+        "what": images_of(counts, protocol.target_type),
+        "images": images,
+        "classes": classes,
+        "groups": groups,
         "measurements": _measurements(found, protocol),
         "side_by_side": joined,
         "seconds": _outlook(found, protocol, options, images, classes),

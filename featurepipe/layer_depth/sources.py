@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+
+from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.display import counted
 from featurepipe.errors import Message, Option, UsageError
 from featurepipe.execution.local import executor_on
 from featurepipe.features.options import KEEP, REJECT, MachineOptions, SourceOptions, places
+from featurepipe.features.reading import opened
 from featurepipe.features.session import settle_machine_for
-from featurepipe.features.settings import Machine
-from featurepipe.images.intensity import intensity_of
+from featurepipe.features.settings import Machine, Settled
 from featurepipe.layer_depth.measure import FEW, Timing
 from featurepipe.layer_depth.options import DepthOptions
 from featurepipe.layer_depth.study import (
@@ -28,9 +32,13 @@ from featurepipe.layer_depth.study import (
     columns_of_space,
 )
 from featurepipe.option_groups import declared
-from featurepipe.store import FeatureStore
+from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.choice import choose_space
 from featurepipe.store.feature_store import is_store
+from featurepipe.store.options import RoleOptions
+from featurepipe.store.roles import with_roles
+from featurepipe.store.rows import ArrayRows
+from featurepipe.store.space import Origin
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone
@@ -70,6 +78,7 @@ class Extracted:
         spaces: fingerprint of the feature space of each network.
         machine: where features are computed.
         records: run records, or in a dry run estimates, of each extraction.
+        opening: how the source was opened.
     """
 
     wanted: Wanted
@@ -81,6 +90,7 @@ class Extracted:
     spaces: Mapping[str, str]
     machine: Machine
     records: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    opening: SourceOptions = field(default_factory=SourceOptions)
 
     @property
     def is_held(self) -> bool:
@@ -156,12 +166,18 @@ class Extracted:
             "max_width": options.max_width,
         }
 
-    def counted(self) -> tuple[int, int]:
-        """How many images and classes there are, as far as a dry run knows; labels of one's own are joined later."""
+    def joined(self, labels: Any, roles: RoleOptions, say: Callable[[str], None]) -> FeatureSet:
+        """The images with what columns say of them; in a dry run those that are listed, of which there are no features.
+
+        Raises:
+            UsageError: there is no such column, or its values are none of the kind.
+        """
         if self.is_held:
-            images = self.store.features(self.dataset, self.columns[0].column, self.spaces[PRETRAINED])
-            return len(images), len(images.classes)
-        return int(self.records[0]["listed"]), int(self.records[0]["listing"]["classes"])
+            view = self.store.features(self.dataset, self.columns[0].column, self.spaces[PRETRAINED])
+            return with_roles(self.store, view, labels, roles, say)
+        with closing(opened(self.wanted.source, self.opening)) as source:
+            listed = _Listed(source.scan().combine_chunks())
+        return with_roles(listed, listed.images(self.dataset), labels, roles, say)
 
     def plan(self) -> dict[str, Any]:
         """What a dry run says."""
@@ -182,6 +198,67 @@ class Extracted:
             device,
             FEW if device == "cpu" else self.machine.batch_size,
         )
+
+
+class _Listed:
+    """A listing as the snapshot that it is to become: what roles are joined to before anything is extracted."""
+
+    def __init__(self, listing: pa.Table) -> None:
+        self._listing = listing.append_column("status", pa.array(["ok"] * len(listing)))
+
+    def further_columns(self, dataset: str, run_id: str | None = None) -> list[str]:
+        """The columns of a manifest."""
+        del dataset, run_id
+        names = self._listing.column_names
+        return [name.removeprefix(KEPT_COLUMN) for name in names if name.startswith(KEPT_COLUMN)]
+
+    def snapshot_ids(self, dataset: str) -> list[str]:
+        """Of the only one."""
+        del dataset
+        return [""]
+
+    def snapshot(
+        self, dataset: str, run_id: str | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table | None:
+        """Some columns of the listing."""
+        del dataset, run_id
+        return self._listing if columns is None else self._listing.select(list(columns))
+
+    def runs(self) -> list[dict[str, Any]]:
+        """None yet."""
+        return []
+
+    def images(self, dataset: str) -> FeatureSet:
+        """The images, without features, keys and origin."""
+        count = len(self._listing)
+        nothing = ArrayRows((), np.zeros((count, 0), np.float32), np.arange(count))
+        table, keys = self._listing.select(["id", "label", "split"]), np.zeros((count, 32), np.uint8)
+        return FeatureSet(table, keys, rows=nothing, origin=Origin("", dataset, "", "", "", {}))
+
+
+def counts_of(images: FeatureSet, *, tests: bool = True) -> tuple[int, int, int | None]:
+    """How many images have a label, or what else is learned, of how many classes and groups, with joined columns.
+
+    Args:
+        images: with their roles.
+        tests: whether those of the split ``test`` count.
+
+    Returns:
+        The images; classes, or labels, 1 of numbers; groups, one without a group counting as its own, None where there are none.
+    """
+    usable = images.mask(labelled=True) & (np.ones(len(images), np.bool_) if tests else images.splits != "test")
+    some = images.take(np.flatnonzero(usable))
+    classes = len(some.target_names) or (len(some.classes) if some.targets is None else 1)
+    names = some.groups
+    if names is None:
+        return len(some), classes, None
+    return len(some), classes, len(set(names) - {None}) + sum(name is None for name in names)
+
+
+def source_options(extraction: Mapping[str, Any]) -> SourceOptions:
+    """Of the arguments of ``extract``, those that say how a source is opened."""
+    given = {name: extraction[name] for name in declared(SourceOptions) if name in extraction}
+    return SourceOptions(**{**given, "only_under": places(given.get("only_under"))})
 
 
 def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]) -> Extracted:
@@ -224,10 +301,10 @@ def _computed(
 
     names = list(dict.fromkeys([*(column.column for column in columns), *wanted.further]))
 
-    def run(source: Any, dataset: str | None, weights: str) -> dict[str, Any]:
+    def run(source: Any, dataset: str | None, weights: str, settled: Mapping[str, Settled]) -> dict[str, Any]:
         record = extract(
             source, store, dataset=dataset, backbone=name, weights=weights, nodes=names,
-            dry_run=dry_run, silent=wanted.silent, **extraction,
+            dry_run=dry_run, silent=wanted.silent, **{**extraction, **settled},
         )  # fmt: skip
         if first := next(iter(record.get("rejects", ())), None):
             say(
@@ -237,26 +314,27 @@ def _computed(
         return record
 
     dataset, shifted = _names(wanted, extraction.get("only_under"))
-    records = [run(wanted.source, dataset, wanted.weights)]
+    records = [run(wanted.source, dataset, wanted.weights, {})]
     spaces = {PRETRAINED: records[0].get("fingerprint", "")}
-    extraction.update(_settled(records[0]))  # all that is compared is computed alike, and precisions are compared once
+    # All that is compared is computed alike, and precisions are compared once.
+    as_images, as_network = (settled(records[0], f"as {one}") for one in ("the training images", "the trained network"))
     if shifted is not None:
-        records.append(run(wanted.test_source, shifted, wanted.weights))
+        records.append(run(wanted.test_source, shifted, wanted.weights, as_images))
         _check_same_space(records[0], records[-1])
     if wanted.options.control:
-        records.append(run(wanted.source, dataset, "none"))
+        records.append(run(wanted.source, dataset, "none", as_network))
         spaces[RANDOM] = records[-1].get("fingerprint", "")
         if shifted is not None:
-            records.append(run(wanted.test_source, shifted, "none"))
-    return Extracted(wanted, store, dataset, shifted, backbone, columns, spaces, machine, records)
+            records.append(run(wanted.test_source, shifted, "none", as_network))
+    return Extracted(
+        wanted, store, dataset, shifted, backbone, columns, spaces, machine, records, source_options(extraction)
+    )
 
 
-def _settled(record: Mapping[str, Any]) -> dict[str, str]:
-    """What an extraction, or a dry run of one, made of what was ``auto``, as arguments of the next one."""
-    if "settings" in record:
-        return {name: record["settings"][name]["value"] for name in ("precision", "intensity")}
-    space = record["space"]
-    return {"precision": space["precision"], "intensity": intensity_of(space["decoding"])}
+def settled(record: Mapping[str, Any], why: str = "") -> dict[str, Settled]:
+    """What an extraction, or a dry run of one, made of what was ``auto``, as arguments of the next one; ``why``, or as it was."""
+    found = {name: record["settings"][name] for name in ("precision", "intensity")}
+    return {name: Settled(one["value"], why or one["why"]) for name, one in found.items()}
 
 
 def _held(wanted: Wanted, machine: Machine) -> Extracted:
@@ -314,7 +392,6 @@ def _names(wanted: Wanted, only_under: Any) -> tuple[str, str | None]:
 
 def _own_name(source: Any, only_under: Any) -> str:
     from featurepipe.extraction.prepare import dataset_name
-    from featurepipe.features.reading import opened
 
     with closing(opened(source, SourceOptions(only_under=places(only_under)))) as images:
         return dataset_name(images.name)

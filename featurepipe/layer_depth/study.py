@@ -562,5 +562,13 @@ def what_of(images: int, classes: Sequence[str], target_type: str) -> str:
     return f"{images:,} images {kind.get(target_type, 'with a number')}"
 
 
+def images_of(counts: tuple[int, int, int | None], target_type: str) -> str:
+    """How many images, of what, and in how many groups, from `featurepipe.layer_depth.sources.counts_of`."""
+    images, classes, groups = counts
+    if not images:
+        return "no image has a label; give some with --labels FILE.csv"
+    return what_of(images, [""] * classes, target_type) + (f", in {counted(groups, 'group')}" if groups else "")
+
+
 def _times(seeds: int) -> str:
     return "once" if seeds == 1 else f"repeated {seeds} times with new folds"

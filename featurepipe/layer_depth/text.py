@@ -73,6 +73,7 @@ def plan_text(found: Mapping[str, Any]) -> str:
         table(["column", "width", "of the forward"], rows),
     ]
     lines += [
+        found["what"],
         *extraction_lines(found["extractions"]),
         f"phases after extracting: {MEASURE}, {counted(found['measurements'], 'fit')}{_lasts(found, MEASURE)}; {JOIN}, "
         f"{counted(found['side_by_side'], 'fit')} at most{_lasts(found, JOIN)}; {DESCRIBE}{_lasts(found, DESCRIBE)}",

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,28 @@ _NAMED_VALUES = 3
 _MOST_SPLITS = 50
 
 
+class Snapshots(Protocol):
+    """What joining roles needs of a store: its snapshots, and the columns of manifests that these keep."""
+
+    def further_columns(self, dataset: str, run_id: str | None = None) -> list[str]:
+        """See ``FeatureStore``."""
+        ...
+
+    def snapshot_ids(self, dataset: str) -> list[str]:
+        """See ``FeatureStore``."""
+        ...
+
+    def snapshot(
+        self, dataset: str, run_id: str | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table | None:
+        """See ``FeatureStore``."""
+        ...
+
+    def runs(self) -> list[dict[str, Any]]:
+        """See ``FeatureStore``."""
+        ...
+
+
 class _Column(NamedTuple):
     """A column's text by row of the features, and where it is from."""
 
@@ -74,7 +96,7 @@ class _Columns:
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: Snapshots,
         features: LabelledImages,
         table: ColumnTable | None,
         snapshot: str | None,
@@ -194,7 +216,7 @@ def _listed_columns(name: str, there: Sequence[str]) -> str:
 
 
 def with_roles(
-    store: FeatureStore,
+    store: Snapshots,
     features: FeatureSet,
     labels: LabelSource | None,
     roles: RowOptions,

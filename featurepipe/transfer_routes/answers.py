@@ -358,7 +358,7 @@ def plan_text(found: Mapping[str, Any]) -> str:
         f"{found['dataset']}, {found['backbone']}: {counted(len(rows), 'frozen node')}",
         table(["column", "width", "of the forward"], rows),
     ]
-    lines += extraction_lines(found["extractions"])
+    lines += [found["what"], *extraction_lines(found["extractions"])]
     lines.append(
         f"{size_of(found['bytes'])} would be written to {found['store']}, where {size_of(found['free'])} are free"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -28,8 +28,8 @@ from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import FEW, NODE_SECONDS, TimedForward, Timing, least_disturbed
 from featurepipe.layer_depth.options import DepthOptions
 from featurepipe.layer_depth.phases import EXTRACT, MEASURE, Phases
-from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, extracted
-from featurepipe.layer_depth.study import PRETRAINED
+from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, counts_of, extracted, settled
+from featurepipe.layer_depth.study import PRETRAINED, images_of
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.prediction.own_classes import OwnClassifier
 from featurepipe.progress import Silent, announcer, show, spoken, took
@@ -72,8 +72,9 @@ from featurepipe.tuning.from_images import check_room, located, precision_of
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.work import network_of
 
-COMPARE = "compare"
+PREPARE, COMPARE = "prepare", "compare"
 PHASES = {
+    PREPARE: "the network, and what each route reads of it",
     EXTRACT: "features of all frozen routes, and activations, from one pass over the images",
     COMPARE: "some of the images with what the network was trained on, and timing the network up to each node",
     MEASURE: "each route on each draw of the training images",
@@ -186,26 +187,35 @@ def routes(
     layers = DepthOptions(max_width=max_width, **RoleOptions.of(options).arguments())
     wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code)
     with executor_on(None if dry_run else cluster, say=say) as executor:
-        plan = planned(wanted, options, labels, extraction or {}, Silent().say if dry_run else say)
+        with clock.phase(PREPARE), _showing(clock.title(PREPARE), silent=silent):
+            plan = planned(wanted, options, labels, extraction or {}, Silent().say if dry_run else say)
         arguments = {**(extraction or {}), "cluster": executor}
         if dry_run:
-            return _outlook(extracted(plan.wanted, dict(arguments), dry_run=True, say=say), plan, options)
+            return _outlook(extracted(plan.wanted, arguments, dry_run=True, say=say), plan, options, labels, say)
         with clock.phase(EXTRACT):
             if _lacks_activations(plan):
                 quiet = replace(plan.wanted, silent=True)  # all of it is said again by the extraction itself
-                ahead = extracted(quiet, dict(arguments), dry_run=True, say=Silent().say)
+                with _showing(clock.title(EXTRACT), "settling precision, and timing a sample of images", silent=silent):
+                    ahead = extracted(quiet, arguments, dry_run=True, say=Silent().say)
                 _check_room(ahead, say)
+                arguments |= settled(ahead.records[0])  # so that precisions are not compared again
             found = extracted(plan.wanted, arguments, dry_run=False, say=say)
-        study = settle_routes(found, options, labels, say)
-        loaded = _with_weights(found, plan, trust_code)
-        context, ways = _context(found, study, plan, options, loaded, extraction or {}, say, is_local=executor.is_local)
+        with _showing("settling routes", silent=silent):
+            study = settle_routes(found, options, labels, say)
+            loaded = _with_weights(found, plan, trust_code)
+            context, ways = _context(
+                found, study, plan, options, loaded, extraction or {}, say, is_local=executor.is_local
+            )
         say(
             f"{study.every.what}, {len(study.test):,} of them to test on; routes: {', '.join(way.name for way in ways)}"
         )
         journal = Journal(found.store.depth_journal(found.dataset))
-        with clock.phase(COMPARE):
+        with clock.phase(COMPARE), show(2, clock.title(COMPARE), silent=silent, unit="parts") as progress:
+            progress.advance(0, "comparing images with what the network was trained on")
             alike = _similarity(found, study, loaded, extraction or {}, journal, executor)
             nodes = _nodes(found, plan)
+            progress.advance(1)
+            progress.advance(0, f"timing the network up to {counted(len(nodes), 'node')}")
             timing = TimedForward(executor, replace(found.timing(), nodes=nodes))
             if journal.known(timing.key) is None:
                 say(f"{COMPARE}: the images are compared; timing the network up to {counted(len(nodes), 'node')}")
@@ -250,6 +260,14 @@ def routes(
     return answer
 
 
+@contextmanager
+def _showing(what: str, at: str = "", *, silent: bool) -> Iterator[None]:
+    """Tells, where the block takes long, that it goes on."""
+    with show(1, what, silent=silent) as progress:
+        progress.advance(0, at)
+        yield
+
+
 def _expected(trials: Sequence[RouteTrial], journal: Journal, expected: TrialTimes, options: RoutesOptions) -> str:
     """About how long measuring takes, and how much of that a budget allows."""
     seconds = sum(expected.seconds(trial) for trial in missing_of(trials, journal, expected))
@@ -282,16 +300,16 @@ def _lacks_activations(plan: RoutesPlan) -> bool:
     return not any(set(wanted.further) <= set(space.columns()) for space in kept.spaces())
 
 
-def _outlook(found: Extracted, plan: RoutesPlan, options: RoutesOptions) -> dict[str, Any]:
+def _outlook(
+    found: Extracted, plan: RoutesPlan, options: RoutesOptions, labels: Any, say: Callable[[str], None]
+) -> dict[str, Any]:
     """What a dry run says: columns, what is to be extracted to where, and how long routes take with all images."""
+    images, classes, groups = counts = counts_of(found.joined(labels, RoleOptions.of(options), say))
     nodes = _nodes(found, plan)
     timing = Timing(found.backbone.name, nodes, "fp32", found.machine.device, FEW)
     times = TimedForward(LocalExecutor(), timing).measure()["milliseconds"]
-    listed, classes = found.counted()
     # A fifth is tested, a fifth of the rest chooses.
-    parts = round(0.64 * listed), round(0.16 * listed), round(0.2 * listed)
-    if options.target_type != "multiclass":
-        classes = len(options.multilabel or ("number",))
+    parts = round(0.64 * images), round(0.16 * images), round(0.2 * images)
     ways = _ways(found, plan, [kind for kind in options.kinds if kind not in plan.unable])
     return {
         "kind": "routes plan",
@@ -300,9 +318,12 @@ def _outlook(found: Extracted, plan: RoutesPlan, options: RoutesOptions) -> dict
         "routes": [way.name for way in ways],
         "measurements": options.seeds * len(options.sizes),
         "budget": options.budget,
+        "what": images_of(counts, options.target_type),
+        "images": images,
         "classes": classes,
+        "groups": groups,
         "seconds_to_compare": NODE_SECONDS * len(nodes)
-        + (min(listed, SAMPLED) + NOISE) * milliseconds_above(times, plan.bottleneck, "") / 1000,
+        + (min(images, SAMPLED) + NOISE) * milliseconds_above(times, plan.bottleneck, "") / 1000,
         "seconds_of_a_draw_of_all": {
             way.name: route_seconds(
                 way, options, milliseconds_above(times, plan.bottleneck, way.cut), parts, max(classes, 1)

@@ -13,11 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from featurepipe.errors import DiskFull, FeaturepipeError, Interrupted
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
-from featurepipe.features.options import Options, SourceOptions
+from featurepipe.features.options import Options
 from featurepipe.features.reading import opened
 from featurepipe.features.session import Sample, SampleContext, Session
 from featurepipe.images.intensity import intensity_of
 from featurepipe.layer_depth.journal import Journal, key_of
+from featurepipe.layer_depth.sources import source_options
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone
@@ -195,9 +196,3 @@ def similarity(
     if found["relative"] is None:
         return {**found, "why": f"{backbone.name} has no BatchNorm layers, whose statistics would tell"}
     return {**found, "method": METHOD, "different": DIFFERENT}
-
-
-def source_options(extraction: Mapping[str, Any]) -> SourceOptions:
-    """Of the arguments of ``extract``, those that say how a source is opened."""
-    names = SourceOptions.__dataclass_fields__
-    return SourceOptions(**{name: value for name, value in extraction.items() if name in names})

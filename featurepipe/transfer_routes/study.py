@@ -20,7 +20,7 @@ from featurepipe.errors import Message, Option, UsageError, pip_install
 from featurepipe.extraction.extract import network_for
 from featurepipe.features.reading import opened
 from featurepipe.layer_depth.folds import LEFT_OUT, Codes, Fold, Positions, settle_elsewhere, with_choices
-from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted
+from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, source_options
 from featurepipe.layer_depth.study import (
     PRETRAINED,
     DepthColumn,
@@ -52,7 +52,6 @@ from featurepipe.transfer_routes.options import (
     RoutesOptions,
     cannot_be_taken,
 )
-from featurepipe.transfer_routes.similarity import source_options
 from featurepipe.tuning.from_images import recorded_source
 
 VERSION = 1

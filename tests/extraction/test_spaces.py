@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pickle
 import re
 
 import numpy as np
@@ -201,6 +202,14 @@ def test_explicit_settings_override_what_the_store_holds(album, run, measured):
     assert record["settings"]["dtype"]["why"] == "as in the store"
     assert "precision" in record["new_space"]
     assert len(run.store.spaces()) == 2
+
+
+def test_what_was_settled_before_is_followed_and_says_why():
+    as_before = pickle.loads(pickle.dumps(auto.Settled("bf16", "as the training images")))
+    asked = {"precision": as_before, "dtype": "float32", "decode": "auto", "intensity": "auto"}
+    found = auto.resolve(asked, [], lambda *_: pytest.fail("compared"))
+    assert (found.precision, found.why["precision"]) == ("bf16", "as the training images")
+    assert (found.dtype, found.why["dtype"]) == ("float32", "asked for")
 
 
 def test_a_dataset_goes_on_in_the_space_it_used_last(album, run, measured):

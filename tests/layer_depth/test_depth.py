@@ -16,7 +16,7 @@ from featurepipe.layer_depth import document, sources
 from featurepipe.layer_depth import measure as measuring
 from featurepipe.layer_depth.depth import depth
 from featurepipe.layer_depth.measure import Timing
-from featurepipe.layer_depth.text import text
+from featurepipe.layer_depth.text import plan_text, text
 from featurepipe.records import processor_name
 from featurepipe.reporting.from_store import report
 from featurepipe.store import FeatureStore
@@ -345,6 +345,45 @@ def test_a_dry_run_compares_precisions_once(run, pictures, trained, monkeypatch)
     assert len(found["extractions"]) == 4
     assert len(compared) == 1
     assert len({estimate["space"]["precision"] for estimate in found["extractions"]}) == 1
+
+
+def test_a_dry_run_counts_joined_labels_and_groups(run, pictures, tmp_path):
+    source = pictures()
+    ids = [f"{kind}/{number:03d}.png" for kind in ("left", "upper") for number in range(12)]
+    lines = [f"{name},{'abc'[place % 3]},p{place // 4}" for place, name in enumerate(ids[:20])]
+    (tmp_path / "labels.csv").write_text("\n".join(["id,label,group", *lines]))
+    (tmp_path / "groups.csv").write_text("\n".join(["id,group", *(f"{name},g{p // 8}" for p, name in enumerate(ids))]))
+    found = run(source, dry_run=True, labels=tmp_path / "labels.csv")
+    assert (found["images"], found["classes"], found["groups"]) == (20, 3, 5)
+    assert "20 images of 3 classes, in 5 groups" in plan_text(found).splitlines()
+    plain = run(source, dry_run=True)
+    assert (plain["images"], plain["classes"], plain["groups"]) == (24, 2, None)
+    assert "24 images of 2 classes" in plan_text(plain).splitlines()
+    assert (
+        found["seconds"]["measure"] < plain["seconds"]["measure"] * 1.5
+    )  # of 20 images instead of 24, 3 classes, not 2
+    grouped = run(source, dry_run=True, group=str(tmp_path / "groups.csv"))
+    assert (grouped["images"], grouped["classes"], grouped["groups"]) == (24, 2, 3)
+    with pytest.raises(UsageError, match="unknown column 'patient'"):
+        run(source, dry_run=True, labels=tmp_path / "labels.csv", group="patient")
+    real = run(source, labels=tmp_path / "labels.csv", heads=QUICK)
+    assert (real["images"], len(real["classes"])) == (found["images"], found["classes"])
+    held = run(tmp_path / "store", store=None, backbone=None, dry_run=True, labels=tmp_path / "labels.csv")
+    assert (held["images"], held["classes"], held["groups"]) == (20, 3, 5)
+
+
+def test_settings_that_follow_the_training_images_say_so(run, pictures, trained, capsys, tmp_path):
+    run(
+        pictures(), weights=trained, control="random", test_source=pictures("away", count=3, start=500), heads=QUICK,
+        extraction={"dtype": "float32"}, silent=False,
+    )  # fmt: skip
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("precision ")]
+    assert not any("asked for" in line for line in said)
+    assert [line.partition(": ")[2] for line in said[1:]] == ["as the training images", *2 * ["as the trained network"]]
+    records = FeatureStore(tmp_path / "store").runs()
+    why = [record["settings"]["precision"]["why"] for record in records]
+    assert why[1:] == ["as the training images", *2 * ["as the trained network"]]
+    assert records[1]["settings"]["dtype"]["why"] == "asked for"
 
 
 @pytest.mark.slow

@@ -142,10 +142,11 @@ def test_a_plan_says_what_would_be_done(speed, expected):
     estimate = {"dataset": "album", "to_read": 100, "seconds": 2.0, "images_per_second": speed,
                 "bytes_per_column": {"a:gap": 3000, "b:gap": 1000}}  # fmt: skip
     plan = {"dataset": "album", "backbone": "lenet5", "columns": DOCUMENT["columns"], "extractions": [estimate],
-            "measurements": 1200, "side_by_side": 45, "protocol": "folds.",
+            "what": "100 images of 2 classes", "measurements": 1200, "side_by_side": 45, "protocol": "folds.",
             "seconds": {"measure": 96.0, "side by side": 20.0, "describe": 10.0}}  # fmt: skip
     lines = plan_text(plan).splitlines()
     assert lines[0] == "album, lenet5: 2 columns"
+    assert "100 images of 2 classes" in lines
     assert f"album: 100 images to read, {expected}, 4.0 kB" in lines
     assert lines[-4:] == [
         "phases after extracting: measure, 1,200 fits, about 1:36 min; side by side, 45 fits at most, about 20 s; describe, "
