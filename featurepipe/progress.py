@@ -1,16 +1,19 @@
 """Progress of long work: a bar on a terminal or in a notebook, a plain line every few seconds elsewhere, nothing when silent.
 
-Everything goes to standard error, so that standard output stays free for results.
+Where one step takes long, it is told all the same that the work goes on, and at what it is (`beating`). Everything goes to
+standard error, so that standard output stays free for results.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from html import escape
 from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -22,13 +25,19 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("featurepipe")
 _SLOW = 0.1  # units a second, below which the seconds of each are shown
+QUIET_SECONDS = 15.0
+"""Without a word, after which it is said that the work goes on."""
+_LOOK_SECONDS = 1.0
 
 
 class Progress(Protocol):
     """Where a verb tells how far it is."""
 
     def advance(self, images: int, bottleneck: str = "") -> None:
-        """``images`` (or other units) more are finished; ``bottleneck`` is what the work waits for now, if known."""
+        """``images`` (or other units) more are finished; ``bottleneck`` is what the work waits for now, if known.
+
+        With 0 units it says what the work is at, within the unit that is under way.
+        """
         ...
 
     def say(self, message: str) -> None:
@@ -55,6 +64,27 @@ class Silent:
         """Does nothing."""
 
 
+class StepsWithin:
+    """Progress of the steps within one unit of work, told as what the work is at.
+
+    Args:
+        total: steps.
+        at: told of each.
+    """
+
+    def __init__(self, total: int, at: Callable[[str], object]) -> None:
+        self._total, self._at, self._done = total, at, 0
+
+    def advance(self, images: int, bottleneck: str = "") -> None:
+        """So many steps more were made."""
+        self._done += images
+        self._at(f"step {self._done:,} of {self._total:,}{f', {bottleneck}' if bottleneck else ''}")
+
+    def say(self, message: str) -> None:
+        """What there is to say of them."""
+        self._at(message)
+
+
 class Paced:
     """Counts, and tells every so often; what it tells, and where, subclasses say."""
 
@@ -62,17 +92,29 @@ class Paced:
         self.total, self.what, self.unit = total, what, unit
         self.done = self._steps = 0
         self._every, self._clock = every, clock
-        self._start = self._last = clock()
+        self._start = self._last = self._moved = clock()
+        self._at, self._lock = "", threading.Lock()
 
     def advance(self, images: int, bottleneck: str = "") -> None:
         """Counts, and tells when that was last done long enough ago."""
-        self.done += images
-        self._steps += 1
-        now = self._clock()
-        if now - self._last < self._every:
-            return
-        self._last = now
-        self.tell(self.done / max(now - self._start, 1e-9), bottleneck)
+        with self._lock:
+            self.done += images
+            self._steps += images != 0
+            now = self._moved = self._clock()
+            self._at = "" if images else bottleneck
+            if now - self._last >= self._every:
+                self._last = now
+                self.tell(self.done / max(now - self._start, 1e-9), bottleneck)
+
+    def beat(self) -> None:
+        """Tells that the work goes on, and for how long at what, where nothing was told for `QUIET_SECONDS`."""
+        with self._lock:
+            now = self._clock()
+            if now - self._last >= max(self._every, QUIET_SECONDS):
+                self._last = now
+                so_long = spoken(now - self._moved)
+                going = f"{self._at}, for {so_long}" if self._at else f"under way, nothing new for {so_long}"
+                self.tell(self.done / max(now - self._start, 1e-9), going)
 
     def tell(self, rate: float, bottleneck: str) -> None:
         """Tells how far the work is, at so many units a second."""
@@ -80,8 +122,33 @@ class Paced:
 
     @property
     def how_far(self) -> str:
-        """What is done of it all, in words."""
+        """What is done of it all, in words; of one unit that is under way there is nothing to count."""
+        if self.total == 1 and not self.done:
+            return self.what
         return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}"
+
+
+@contextmanager
+def beating(progress: Paced) -> Iterator[None]:
+    """While the block runs, tells every so often that the work goes on, from a thread, whatever the work is waiting for."""
+    over = threading.Event()
+
+    def beat() -> None:
+        if hasattr(signal, "pthread_sigmask"):  # signals are for the threads that were there before
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while not over.wait(_LOOK_SECONDS):
+            try:
+                progress.beat()
+            except (OSError, ValueError):  # nobody reads it any more: whoever advances hears of it
+                return
+
+    thread = threading.Thread(target=beat, name="featurepipe-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class Lines(Paced):
@@ -101,12 +168,12 @@ class Lines(Paced):
         self._stream = stream
 
     def tell(self, rate: float, bottleneck: str) -> None:
-        """Prints a line; without a rate after one step, which has what is done once in it: imports, opening, warming up."""
-        if self._steps == 1:
-            self.say(self.how_far)
+        """Prints a line; without a rate up to one step, which has what is done once in it: imports, opening, warming up."""
+        tail = f", {bottleneck}" if bottleneck else ""
+        if self._steps < 2:
+            self.say(f"{self.how_far}{tail}")
             return
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
-        tail = f", {bottleneck}" if bottleneck else ""
         self.say(f"{self.how_far}, {_rate(rate, self.unit)}, {left} left{tail}")
 
     def say(self, message: str) -> None:
@@ -200,18 +267,23 @@ def show(
         yield Silent()
         return
     if isinstance(stream, TakesProgress):
-        yield stream.progress(total, what, unit)
+        taken = stream.progress(total, what, unit)
+        with beating(taken) if isinstance(taken, Paced) else nullcontext():
+            yield taken
         return
     if stream is sys.stderr and (shell := _notebook()) is not None:
         notebook_bar = NotebookBar(total, what, unit, shell)
-        yield notebook_bar
+        with beating(notebook_bar):
+            yield notebook_bar
         notebook_bar.close()
         return
     if not stream.isatty():
-        yield Lines(total, what, stream, unit=unit)
+        lines = Lines(total, what, stream, unit=unit)
+        with beating(lines):
+            yield lines
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
     columns = (
@@ -219,6 +291,7 @@ def show(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}", markup=False),
+        TimeElapsedColumn(),  # which moves while nothing else does
         TimeRemainingColumn(),
         TextColumn("{task.fields[bottleneck]}", style="dim", markup=False),  # names may hold brackets
     )

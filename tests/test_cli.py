@@ -4,6 +4,8 @@ import gc
 import io
 import json
 import re
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -395,6 +397,54 @@ def test_the_first_step_foretells_no_time_left():
         now[0] = second
         lines.advance(1 if second == 10 else 29)
     assert out.getvalue().splitlines() == ["measure: 1 of 120 fits", "measure: 30 of 120 fits, 2.0 fits/s, 0:45 left"]
+
+
+def test_what_is_under_way_is_told_and_for_how_long_within_one_unit():
+    from featurepipe.progress import Lines, StepsWithin
+
+    now, out = [0.0], io.StringIO()
+    lines = Lines(4, "measure", out, unit="routes", every=5, clock=lambda: now[0])
+    steps = StepsWithin(640, lambda text: lines.advance(0, f"tail: {text}"))
+    for second, act in (
+        (6, lambda: steps.advance(12, "loss 0.5")),
+        (7, lambda: steps.advance(1)),  # too soon
+        (20, lines.beat),  # told 14 s ago
+        (21, lines.beat),
+        (30, lambda: lines.advance(1, "tail")),
+        (36, lambda: lines.advance(1, "full")),
+        (50, lines.beat),
+        (52, lines.beat),
+        (66, lines.beat),
+        (67, lines.beat),
+    ):
+        now[0] = float(second)
+        act()
+    assert out.getvalue().splitlines() == [
+        "measure: 0 of 4 routes, tail: step 12 of 640, loss 0.5",
+        "measure: 0 of 4 routes, tail: step 13 of 640, for 14 s",
+        "measure: 1 of 4 routes, tail",
+        "measure: 2 of 4 routes, 18 s/route, 0:36 left, full",
+        "measure: 2 of 4 routes, 26 s/route, 0:52 left, under way, nothing new for 16 s",
+        "measure: 2 of 4 routes, 34 s/route, 1:07 left, under way, nothing new for 31 s",
+    ]
+
+
+def test_work_that_says_nothing_shows_that_it_goes_on(monkeypatch):
+    from featurepipe import progress
+
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(
+        progress.Lines.__init__, "__kwdefaults__", {**progress.Lines.__init__.__kwdefaults__, "every": 0.0}
+    )
+    out = io.StringIO()
+    with progress.show(1, "prepare", stream=out) as shown:
+        shown.advance(0, "reading")
+        end = time.monotonic() + 30
+        while "reading, for" not in out.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+    assert "prepare, reading, for a second" in out.getvalue().splitlines()
+    assert not [thread for thread in threading.enumerate() if thread.name == "featurepipe-progress"]
 
 
 def test_what_takes_more_than_ten_seconds_has_no_rate_of_zero():

@@ -20,7 +20,7 @@ from sklearn.pipeline import Pipeline
 from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.heads.statistics.regression import quadratic_kappa
-from featurepipe.progress import Paced, duration, took
+from featurepipe.progress import Paced, Progress, beating, duration, took
 from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.splits import Fold
 from featurepipe.training.task import weighted
@@ -156,14 +156,16 @@ def _search(task: Task, recipe: Recipe, jobs: int, say: Callable[[str], None]) -
     folds = _thinned(task.folds(recipe.folds), recipe.family.search_rows, task.seed)
     grid = _open_parameters(recipe)
     each: Mapping[str, Sequence[float]] = {}
-    if task.is_multilabel and recipe.head in SHARED_PASSES and set(grid) == {"C"}:
-        trials, each = _c_for_each_label(task, recipe, folds, grid["C"])
-        how = "all in shared passes over the data, the best C chosen for each label"
-    elif _shares_passes(task, recipe, folds, grid):
-        trials = _in_shared_passes(task, recipe, folds, grid["C"])
-        how = "in shared passes over the data"
-    else:
-        trials, how = _each_by_itself(task, recipe, folds, grid, jobs, say)
+    told = _Said(len(folds) * grid_size(recipe), say)
+    with beating(told):
+        if task.is_multilabel and recipe.head in SHARED_PASSES and set(grid) == {"C"}:
+            trials, each = _c_for_each_label(task, recipe, folds, grid["C"])
+            how = "all in shared passes over the data, the best C chosen for each label"
+        elif _shares_passes(task, recipe, folds, grid):
+            trials = _in_shared_passes(task, recipe, folds, grid["C"])
+            how = "in shared passes over the data"
+        else:
+            trials, how = _each_by_itself(task, recipe, folds, grid, jobs, told)
     rows = sum(map(len, folds[0]))
     where = f"{len(folds)} folds of {rows:,} images"
     if len(folds) == 1:
@@ -253,8 +255,8 @@ class _Said(Paced):
 
     def tell(self, rate: float, bottleneck: str) -> None:
         """Says it."""
-        del bottleneck
-        self.say(f"{self.how_far}, {duration((self.total - self.done) / rate)} left")
+        left = [f"{duration((self.total - self.done) / rate)} left"] if rate > 0 else []
+        self.say(", ".join([self.how_far, *left, *filter(None, [bottleneck])]))
 
     def say(self, message: str) -> None:
         """Says anything else."""
@@ -267,12 +269,11 @@ def _each_by_itself(
     folds: Sequence[Fold],
     grid: Mapping[str, Sequence[Any]],
     jobs: int,
-    say: Callable[[str], None],
+    told: Progress,
 ) -> tuple[list[Trial], str]:
     """The trials, and how they were made: by the workers of a cluster in memory, if that is enough, else here."""
     fit = _boosted if recipe.head == "xgboost" else _plain
     points = list(ParameterGrid(grid))
-    told = _Said(len(points) * len(folds), say)
     rows, places = _pool(folds, parts=2)
     room = _room(task, recipe, rows, folds)
     there = fits_at_once(task.executor, room)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
 from threadpoolctl import threadpool_limits
 
+from featurepipe.display import counted
 from featurepipe.errors import Interrupted, Message
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.layer_depth.folds import Fold
@@ -36,6 +39,7 @@ from featurepipe.transfer_routes.options import (
     RoutesOptions,
 )
 from featurepipe.transfer_routes.trials import (
+    At,
     Diverged,
     Route,
     RoutesContext,
@@ -48,7 +52,7 @@ from featurepipe.transfer_routes.trials import (
     measure_tail,
 )
 
-_MEASURES: Mapping[str, Callable[[RoutesContext, RouteTrial, Fold], Cell | Diverged]] = {
+_MEASURES: Mapping[str, Callable[[RoutesContext, RouteTrial, Fold, At], Cell | Diverged]] = {
     AS_IT_IS: measure_as_it_is,
     BOTTLENECK: measure_bottleneck,
     NODE: measure_node,
@@ -60,14 +64,19 @@ _MEASURES: Mapping[str, Callable[[RoutesContext, RouteTrial, Fold], Cell | Diver
 
 
 def measure_trial(
-    context: RoutesContext, trial: RouteTrial, worker: Worker, _stop: Stop, _report: Report
+    context: RoutesContext, trial: RouteTrial, worker: Worker, _stop: Stop, report: Report
 ) -> Cell | Diverged:
-    """Measures one route on one draw, alone on all cores: time and memory count."""
+    """Measures one route on one draw, alone on all cores: time and memory count. Here it reports what it is at, as text."""
+
+    def at(text: str) -> None:
+        if worker.is_local:  # from elsewhere it would come with the result
+            report(f"{trial}: {text}")
+
     with worker.alone(), nullcontext() if worker.is_local else threadpool_limits(worker.threads):
         fold = context.study.draws[trial.size, trial.seed]
         start = time.perf_counter()
         with peak_memory() as memory:
-            cell = _MEASURES[trial.route.kind](context, trial, fold)
+            cell = _MEASURES[trial.route.kind](context, trial, fold, at)
         if isinstance(cell, Diverged):
             return cell
         besides = {**cell.besides, **({} if memory.bytes is None else {"memory": float(memory.bytes)})}
@@ -131,8 +140,21 @@ class Untried:
     why: str = OVER_BUDGET
 
 
+class _Took(NamedTuple):
+    """A trial that was measured: its route, its size, the seconds that were estimated, and those that it took."""
+
+    route: Route
+    size: int | str
+    estimate: float
+    seconds: float
+
+
 class TrialTimes:
-    """How long trials take: estimated from the network's times, then from trials of the same route.
+    """How long trials take: estimated from the network's times, and corrected by the trials that were measured.
+
+    The correction is the time of the trials that are nearest over what was estimated for them: of the same route and size, else
+    of the route, else, but only where they took longer, of the routes that are estimated alike (heads on frozen features; tuned
+    layers): that these were quick on few images says little of others.
 
     Args:
         context: of the trials.
@@ -141,16 +163,26 @@ class TrialTimes:
 
     def __init__(self, context: RoutesContext, milliseconds: Mapping[str, float]) -> None:
         self._context, self._milliseconds = context, milliseconds
-        self._ratios: dict[str, list[float]] = {}
+        self._known: list[_Took] = []
 
     def seconds(self, trial: RouteTrial) -> float:
         """That a trial takes."""
-        ratios = self._ratios.get(trial.route.name)
-        return self.estimate(trial) * (median(ratios) if ratios else 1.0)
+        return self.estimate(trial) * self._correction(trial)
 
     def learn(self, trial: RouteTrial, seconds: float) -> None:
         """Takes note of how long one took."""
-        self._ratios.setdefault(trial.route.name, []).append(seconds / self.estimate(trial))
+        self._known.append(_Took(trial.route, trial.size, self.estimate(trial), seconds))
+
+    def _correction(self, trial: RouteTrial) -> float:
+        def ratio(some: Sequence[_Took]) -> float:
+            return sum(one.seconds for one in some) / sum(one.estimate for one in some)
+
+        route = trial.route
+        own = [one for one in self._known if one.route.name == route.name]
+        if own:
+            return ratio([one for one in own if one.size == trial.size] or own)
+        alike = [one for one in self._known if _estimated_as(one.route) == _estimated_as(route)]
+        return max(ratio(alike), 1.0) if alike else 1.0
 
     def estimate(self, trial: RouteTrial) -> float:
         """As far as it is known before any trial."""
@@ -160,6 +192,10 @@ class TrialTimes:
         above = milliseconds_above(self._milliseconds, context.bottleneck, route.cut)
         images = len(fold.fit), len(fold.choose), len(fold.test) + there
         return route_seconds(route, context.options, above, images, max(len(study.classes), 1))
+
+
+def _estimated_as(route: Route) -> str:
+    return "tuned" if route.kind in TUNED else AS_IT_IS if route.kind == AS_IT_IS else "frozen"
 
 
 def milliseconds_above(milliseconds: Mapping[str, float], bottleneck: str, cut: str) -> float:
@@ -234,53 +270,106 @@ def measure_routes(
     Raises:
         Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
-    waiting, untried = missing_of(trials, journal, outlook), list[Untried]()
-    done, start = len(trials) - len(waiting), time.monotonic()
+    queue = _Queue(context, missing_of(trials, journal, outlook), outlook, budget, progress, executor)
+    done = len(trials) - len(queue.waiting)
     if done:
         progress.advance(done)
-
-    def in_order() -> Generator[RouteTrial, None, None]:
-        """Pulled when there is room; sorted anew each time, since estimates learn."""
-        under_way = 0.0  # of the first; elsewhere another is at work while one waits
-        while waiting:
-            waiting.sort(key=lambda trial: _urgency(context, trial, outlook.seconds(trial)))
-            trial = waiting.pop(0)
-            seconds = outlook.seconds(trial)
-            if budget is not None and time.monotonic() - start + (1 + under_way) * seconds > budget:
-                untried.append(Untried(trial, seconds))
-                continue
-            under_way = 0.0 if executor.is_local else 1.0
-            yield trial
-
     try:
         executor.check(context.every.store.path)
+        queue.tell(queue.beyond(), "do not fit")
         with _ends_at_once(executor) as stop:
             mapped = executor.map(
-                measure_trial, in_order(), context=context, stop=stop, in_flight=1, interruptible=not executor.is_local
-            )
+                measure_trial, queue.in_order(), context=context, stop=stop, report=partial(progress.advance, 0),
+                in_flight=1, interruptible=not executor.is_local,
+            )  # fmt: skip
             with closing(mapped) as results:
                 for trial, cell in results:
                     progress.advance(1, str(trial))
                     if isinstance(cell, Diverged):
-                        untried.append(Untried(trial, outlook.seconds(trial), Message("it diverged: ", cell.why)))
-                        progress.say(f"{trial}: {untried[-1].why}")
+                        queue.untried.append(Untried(trial, outlook.seconds(trial), diverged := _diverged(cell)))
+                        progress.say(f"{trial}: {diverged}")
                         continue
                     journal.add(trial.key, [cell])
-                    if over := overrun_text(trial, cell.seconds, outlook.seconds(trial)):
-                        progress.say(over)
-                    outlook.learn(trial, cell.seconds)
+                    queue.learn(trial, cell.seconds)
                     done += 1
     except Interrupted as error:
         kept = f"{done:,} of {len(trials):,} measurements are kept"
         raise Interrupted(f"{error}: {kept}; the same command goes on from there", error.exit_code - 128) from error
-    return untried
+    return queue.untried
+
+
+def _diverged(cell: Diverged) -> Message:
+    return Message("it diverged: ", cell.why)
+
+
+class _Queue:
+    """Trials that wait for their turn, and what the budget is too short for.
+
+    Attributes:
+        waiting: those without a turn yet.
+        untried: those that have no result.
+    """
+
+    def __init__(
+        self, context: RoutesContext, waiting: list[RouteTrial], outlook: TrialTimes, budget: float | None,
+        progress: Progress, executor: Executor,
+    ) -> None:  # fmt: skip
+        self.waiting, self.untried = waiting, list[Untried]()
+        self._context, self._outlook, self._progress, self._executor = context, outlook, progress, executor
+        self._end = math.inf if budget is None else time.monotonic() + budget
+        self._told = set[str]()
+
+    def in_order(self) -> Generator[RouteTrial, None, None]:
+        """Pulled when there is room; sorted anew each time, since estimates learn."""
+        under_way = 0.0  # of the first; elsewhere another is at work while one waits
+        while self.waiting:
+            trial = self._sorted()[0]
+            self.waiting.remove(trial)
+            seconds = self._outlook.seconds(trial)
+            if (1 + under_way) * seconds > self._end - time.monotonic():
+                self.untried.append(Untried(trial, seconds))
+                self.tell([trial], "no longer fit")
+                continue
+            under_way = 0.0 if self._executor.is_local else 1.0
+            self._progress.advance(0, str(trial))
+            yield trial
+
+    def learn(self, trial: RouteTrial, seconds: float) -> None:
+        """Takes note of how long one took; says so where that was far longer than expected, and what has no time left."""
+        if over := overrun_text(trial, seconds, self._outlook.seconds(trial)):
+            self._progress.say(over)
+        self._outlook.learn(trial, seconds)
+        self.tell(self.beyond(), "no longer fit")
+
+    def beyond(self) -> list[RouteTrial]:
+        """The trials that there is no time for, if those that tell most for their time are measured first."""
+        left, lost = self._end - time.monotonic(), []
+        for trial in self._sorted():
+            seconds = self._outlook.seconds(trial)
+            if seconds > left:
+                lost.append(trial)
+            else:
+                left -= seconds
+        return lost
+
+    def tell(self, lost: Sequence[RouteTrial], what: str) -> None:
+        """Says which trials the budget is too short for, each once."""
+        if new := Counter(trial.route.name for trial in lost if trial.key not in self._told):
+            self._told.update(trial.key for trial in lost)
+            some = ", ".join(f"{name} ({count})" for name, count in new.items())
+            self._progress.say(f"{counted(sum(new.values()), 'measurement')} {what} in the budget: {some}")
+
+    def _sorted(self) -> list[RouteTrial]:
+        return sorted(self.waiting, key=lambda one: _urgency(self._context, one, self._outlook.seconds(one)))
 
 
 def overrun_text(trial: RouteTrial, seconds: float, expected: float) -> str:
-    """That a measurement took far longer than was expected, so that a budget has less left for others; empty if it did not."""
+    """That a measurement took far longer than was expected, and others of its kind will, too; empty if it did not."""
     if seconds < 2 * expected or seconds - expected < OVERRUN_SECONDS:
         return ""
-    return f"{trial} took {took(seconds)}, where {took(expected)} were expected; a budget has less left for others"
+    return (
+        f"{trial} took {took(seconds)}, where {took(expected)} were expected; others of its kind are expected to, too"
+    )
 
 
 def missing_of(trials: Sequence[RouteTrial], journal: Journal, outlook: TrialTimes) -> list[RouteTrial]:

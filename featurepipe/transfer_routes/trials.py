@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import Message
-from featurepipe.features.options import KEEP, SourceOptions
+from featurepipe.features.options import KEEP
 from featurepipe.heads.selection import best_columns, column_scores, kept_count, regression_targets
 from featurepipe.layer_depth.folds import Fold, with_choices
 from featurepipe.layer_depth.probes import Cell, Data, measure_fold
+from featurepipe.layer_depth.sources import source_options
 from featurepipe.layer_depth.study import PRETRAINED, Study
-from featurepipe.progress import announcer, show
+from featurepipe.progress import StepsWithin, announcer
 from featurepipe.store import FeatureStore
 from featurepipe.store.rows import ArrayRows
 from featurepipe.training.options import SHARES
@@ -129,11 +130,7 @@ class RoutesImages:
         if given is None:
             source, damaged = recorded_source(store, dataset)
             return source, damaged == KEEP
-        asked = SourceOptions(**{name: self.extraction[name] for name in _OF_SOURCES if name in self.extraction})
-        return opened(given, asked), self.extraction.get("damaged") == KEEP
-
-
-_OF_SOURCES = tuple(SourceOptions.__dataclass_fields__)
+        return opened(given, source_options(self.extraction)), self.extraction.get("damaged") == KEEP
 
 
 @dataclass(frozen=True)
@@ -216,8 +213,13 @@ _DECIDING = (
 )
 
 
-def measure_bottleneck(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
+At = Callable[[str], object]
+"""Told what a measurement is at."""
+
+
+def measure_bottleneck(context: RoutesContext, trial: RouteTrial, fold: Fold, at: At) -> Cell:
     """An exact head on the bottleneck."""
+    at("a head on it")
     return _fitted(context.every, trial.route.columns, fold)
 
 
@@ -226,7 +228,7 @@ def _fitted(study: Study, columns: Sequence[str], fold: Fold) -> Cell:
     return cell
 
 
-def measure_node(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
+def measure_node(context: RoutesContext, trial: RouteTrial, fold: Fold, at: At) -> Cell:
     """The node is chosen where parameters are: by heads on ``fit``, tested on ``choose``, in each division."""
     study, codes = context.every, _codes(context.every)
     scores: dict[str, list[float]] = {column: [] for column in trial.route.columns}
@@ -235,21 +237,24 @@ def measure_node(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
         if not len(inner.choose) or len(np.unique(codes[inner.fit])) < 2:
             continue
         for column in trial.route.columns:
+            at(f"a head on {column}, division {number + 1} of {len(fold.choices)}")
             value = _fitted(study, [column], replace(inner, others=())).value
             scores[column] += [value] if np.isfinite(value) else []
     known = {column: float(np.mean(values)) for column, values in scores.items() if values}
     best = max(known, key=lambda column: known[column]) if known else context.bottleneck
+    at(f"a head on {best}, on all that train")
     cell = _fitted(study, [best], fold)
     return replace(cell, params={"node": best, **cell.params})
 
 
-def measure_layers(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
+def measure_layers(context: RoutesContext, trial: RouteTrial, fold: Fold, at: At) -> Cell:
     """The values of all blocks that tell most, after Head2Toe (see `featurepipe.heads.selection`), under one exact head.
 
     Values are scored, and their share is chosen, where parameters are: scored on ``fit``, shares compared on ``choose``, in each
     division. Those of the last head are scored on all images that train.
     """
     study, codes = context.every, _codes(context.every)
+    at("reading and scoring the values of all blocks")
     values = _Values.of(study, trial.route.columns, fold)
     inner = [
         with_choices(study.images, codes, fit, choose, fold.seed, number, number + 1)
@@ -262,11 +267,13 @@ def measure_layers(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cel
         best = max(found, key=lambda one: (found[one], -one)) if found else None
         if best is not None and list(found)[::-1].index(best) >= PATIENCE:
             break
+        at(f"heads on {share:g} of {values.width:,} values")
         each = [values.fitted(best_columns(scores, share), part, study).value for part, scores in scored]
         known = [value for value in each if np.isfinite(value)]
         found[share] = float(np.mean(known)) if known else -np.inf
     share = max(found, key=lambda one: (found[one], -one))
     kept = best_columns(values.scores(fold.train), share)
+    at(f"a head on {share:g} of {values.width:,} values, on all that train")
     cell = values.fitted(kept, fold, study)
     counts = np.histogram(kept, bins=np.cumsum([0, *values.widths]))[0]
     columns = {name: int(count) for name, count in zip(trial.route.columns, counts, strict=True) if count}
@@ -355,10 +362,11 @@ def _codes(study: Study) -> npt.NDArray[np.int64]:
     return rarest_labels(truth) if study.protocol.target_type == "multilabel" else truth
 
 
-def measure_as_it_is(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell:
+def measure_as_it_is(context: RoutesContext, trial: RouteTrial, fold: Fold, at: At) -> Cell:
     """The labels that the network's own classes mean; an image of another label is wrong."""
     from featurepipe.prediction.own_classes import LabelsOfClasses, OwnClassifier
 
+    at("scoring images by the network's own classes")
     own, places = OwnClassifier.of_network(context.backbone()), context.labels
     assert places is not None  # noqa: S101 - such a route is only made where some class means a label
     names = tuple(context.every.classes)
@@ -376,20 +384,21 @@ def measure_as_it_is(context: RoutesContext, trial: RouteTrial, fold: Fold) -> C
     return Cell(AS_IT_IS, trial.seed, 0, {}, test, shifted, learned, 0.0)
 
 
-def measure_tail(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell | Diverged:
+def measure_tail(context: RoutesContext, trial: RouteTrial, fold: Fold, at: At) -> Cell | Diverged:
     """LP-FT from stored activations: see `featurepipe.tuning.finetune`."""
     from featurepipe.backbones.tail import Tail
     from featurepipe.tuning.activations import Activations
 
+    at("loading the network, reading activations")
     study = context.every
     tail = Tail(context.backbone(), trial.route.cut)
     maps = study.data(PRETRAINED, [tail.column])
     examples = Activations(maps.features, np.union1d(fold.train, fold.test))
     shifted = None if maps.shifted is None else Activations(maps.shifted, np.arange(0))
-    return _tuned(context, trial, fold, tail, examples, shifted)
+    return _tuned(context, trial, fold, tail, examples, shifted, at)
 
 
-def measure_images(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cell | Diverged:
+def measure_images(context: RoutesContext, trial: RouteTrial, fold: Fold, at: At) -> Cell | Diverged:
     """All layers from images, of the network's weights or of random ones: see `featurepipe.tuning.from_images`."""
     from featurepipe.backbones import load_backbone
     from featurepipe.backbones.tail import Trunk
@@ -399,6 +408,7 @@ def measure_images(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cel
     from featurepipe.tuning.from_images import located
     from featurepipe.tuning.peers import fabric_on
 
+    at("loading the network, listing images")
     study, images = context.every, context.read_images
     is_scratch = trial.route.kind == SCRATCH
     backbone = load_backbone(context.name, "none", seed=trial.seed) if is_scratch else context.backbone()
@@ -418,7 +428,7 @@ def measure_images(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cel
         there = study.elsewhere
         shifted = None if there is None else examples_of(there.dataset, there.images, shifted=True)
         cell = _tuned(
-            context, trial, fold, Trunk(backbone), own, shifted, fabric=fabric_on(images.device, images.precision)
+            context, trial, fold, Trunk(backbone), own, shifted, at, fabric=fabric_on(images.device, images.precision)
         )
         lost = len(own.lost) + (0 if shifted is None else len(shifted.lost))
     if isinstance(cell, Diverged) or not lost:
@@ -428,7 +438,7 @@ def measure_images(context: RoutesContext, trial: RouteTrial, fold: Fold) -> Cel
 
 def _tuned(
     context: RoutesContext, trial: RouteTrial, fold: Fold, body: TunedLayers, examples: Examples, shifted: Examples | None,
-    *, fabric: Any = None,
+    at: At, *, fabric: Any = None,
 ) -> Cell | Diverged:  # fmt: skip
     """Tunes layers from an exact head, or from a random one; those from pretrained weights are mixed with these."""
     import torch
@@ -455,6 +465,7 @@ def _tuned(
         head = random_head(outputs, body.width, trial.seed)
     else:
         rows = fold.train
+        at("the head to start from")
         head, _ = exact_head(
             data.features.take(rows).read(np.float32), rows, objective, fold.fit, fold.choose,
             outputs=outputs, seed=fold.seed,
@@ -466,13 +477,15 @@ def _tuned(
     run = TuningRun(
         model, examples, objective, fold.fit, fold.choose, schedule, body.blocks(), trial.seed, fabric=fabric
     )
-    with TemporaryDirectory() as scratch, show(0, "", silent=True) as progress:
+    with TemporaryDirectory() as scratch:
         checkpoint = TuningCheckpoint(Path(scratch) / "run.pt", trial.key)
+        progress = StepsWithin(run.steps * schedule.epochs, at)
         try:
             tuned = tune(run, checkpoint=checkpoint, stop=bool, progress=progress)
         except LossNotFinite as error:
             return Diverged(error.message)
     shares = MIXES[-1:] if is_scratch else MIXES
+    at("testing what was tuned")
     mix, _ = adopt_best_mix(model, before, tuned.best, shares, examples, objective, fold.choose)
 
     def answers(of: Examples, some: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,14 @@ from featurepipe.backbones import load_backbone
 from featurepipe.cli import main
 from featurepipe.errors import DiskFull, UsageError
 from featurepipe.execution.executor import Worker
+from featurepipe.execution.local import LocalExecutor
+from featurepipe.features import session
+from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Timing
 from featurepipe.layer_depth.phases import fit_seconds
+from featurepipe.layer_depth.probes import Cell
 from featurepipe.prediction.own_classes import LabelsOfClasses
-from featurepipe.progress import spoken
+from featurepipe.progress import Lines, spoken
 from featurepipe.reporting.report import write_report
 from featurepipe.reporting.route_sections import _table
 from featurepipe.store import FeatureStore
@@ -313,6 +318,139 @@ def test_a_measurement_that_takes_far_longer_than_expected_is_named() -> None:
     assert "where 39" in said
     assert measure.overrun_text("layers, all", 70.0, 39.0) == ""  # type: ignore[arg-type]
     assert measure.overrun_text("layers, all", 3.0, 1.0) == ""  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def settled(piles: Path, answer: dict[str, Any]) -> tuple[trials.RoutesContext, list[trials.RouteTrial]]:
+    """What all trials have in common, and the trials."""
+    asked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routes, "measure_routes", lambda context, trials, *_, **__: asked.append((context, trials)) or [])
+        fp.routes(piles, piles.parent / "store", dataset="digits", **NETWORK, **FAST)
+    del answer
+    return asked[0]
+
+
+ESTIMATED = {"bottleneck": 10.0, "node": 20.0, "layers": 40.0, "tail": 60.0, "scratch": 100.0}
+"""Seconds of a draw of all images; of five of a class a tenth."""
+
+
+@pytest.fixture
+def outlook(settled: Any, monkeypatch: pytest.MonkeyPatch) -> measure.TrialTimes:
+    monkeypatch.setattr(
+        measure.TrialTimes,
+        "estimate",
+        lambda _, trial: ESTIMATED[trial.route.kind] * (1 if trial.size == "all" else 0.1),
+    )
+    return measure.TrialTimes(settled[0], {})
+
+
+def test_an_overrun_counts_for_routes_of_its_kind(settled: Any, outlook: measure.TrialTimes) -> None:
+    each = {(trial.route.kind, trial.size): trial for trial in settled[1] if trial.seed == 0}
+
+    def seconds() -> dict[tuple[str, int | str], float]:
+        return {name: round(outlook.seconds(trial), 3) for name, trial in each.items()}
+
+    before = seconds()
+    outlook.learn(each["bottleneck", 5], 0.5)  # half of what was expected: says nothing of other routes
+    found = seconds()
+    assert found == {**before, ("bottleneck", 5): 0.5, ("bottleneck", "all"): 5.0}
+    outlook.learn(each["bottleneck", "all"], 43.5)  # with the other 44 s, where 11 were expected
+    found = seconds()
+    assert (found["bottleneck", 5], found["bottleneck", "all"]) == (0.5, 43.5)
+    assert (found["node", 5], found["node", "all"], found["layers", "all"]) == (8.0, 80.0, 160.0)
+    assert {name: found[name] for name in found if name[0] in ("tail", "scratch")} == {
+        name: before[name] for name in before if name[0] in ("tail", "scratch")
+    }
+    outlook.learn(each["layers", 5], 2.0)  # which is known now by itself
+    assert (seconds()["layers", "all"], seconds()["node", "all"]) == (20.0, round(20 * 46 / 15, 3))
+    outlook.learn(each["tail", "all"], 180.0)
+    assert seconds()["scratch", "all"] == 300.0
+
+
+def test_what_no_longer_fits_in_the_budget_is_said_once(
+    settled: Any, outlook: measure.TrialTimes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, every = settled
+    now, said, at = [0.0], [], []
+
+    def measured(_context: Any, trial: Any, fold: Any, told: Any) -> Any:
+        told("a head")
+        now[0] += outlook.estimate(trial) * (6 if trial.route.kind == "bottleneck" else 1)
+        return Cell(trial.route.name, 0, 0, {}, np.ones(len(fold.test), np.bool_), None, 1.0, 0.0)
+
+    class Told:
+        def advance(self, count: int, text: str = "") -> None:
+            at.append((count, text))
+
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    monkeypatch.setattr(measure, "_MEASURES", dict.fromkeys(ESTIMATED, measured))
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr(measure, "time", clock)
+    chosen = [one for one in every if one.size == "all"]
+    # 2 draws of each: expected are 20, 40, 80, 120 and 200 s.
+    untried = measure.measure_routes(
+        context, chosen, Journal(tmp_path / "journal.jsonl"), outlook, budget=270.0, executor=LocalExecutor(),
+        progress=Told(),
+    )  # fmt: skip
+    assert said == [
+        "2 measurements do not fit in the budget: scratch (2)",
+        f"{chosen[0]} took 1:00 min, where 10 s were expected; others of its kind are expected to, too",
+        "4 measurements no longer fit in the budget: node (2), layers (2)",
+    ]
+    assert now[0] == 60 + 60 + 60 + 60  # both draws of bottleneck and of tail
+    lost = Counter(one.trial.route.kind for one in untried)
+    assert lost == {"node": 2, "layers": 2, "scratch": 2}
+    assert at[:3] == [
+        (0, "bottleneck, all images of each class, draw 1"),
+        (0, "bottleneck, all images of each class, draw 1: a head"),
+        (1, "bottleneck, all images of each class, draw 1"),
+    ]
+
+
+def test_within_one_measurement_it_is_said_what_it_is_at(settled: Any) -> None:
+    context, every = settled
+    for kind, first, steps in (("tail", "loading the network", 2), ("layers", "reading and scoring", 0)):
+        trial, said = next(one for one in every if one.route.kind == kind and one.size == 5), []
+        measure.measure_trial(context, trial, Worker(), bool, said.append)
+        assert all(line.startswith(f"{trial}: ") for line in said)
+        assert said[0].startswith(f"{trial}: {first}")
+        done = [line.removeprefix(f"{trial}: ").partition(",")[0] for line in said if ": step " in line]
+        assert done == [f"step {number + 1} of {steps}" for number in range(steps)]
+    assert said[1:] == [f"{trial}: {text}" for text in (
+        "heads on 0.1 of 556 values", "heads on 0.5 of 556 values", said[-1].removeprefix(f"{trial}: ")
+    )]  # fmt: skip
+    assert said[-1].endswith("of 556 values, on all that train")
+    elsewhere: list[str] = []
+    measure.measure_trial(context, trial, Worker("w", is_local=False), bool, elsewhere.append)
+    assert elsewhere == []  # which would come with the result
+
+
+def test_phases_are_said_from_the_start_and_precisions_are_compared_once(
+    piles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared, begin, shown = [], Lines.__init__, []
+    original = session.choose_precision
+    monkeypatch.setattr(
+        session, "choose_precision", lambda *given, **more: (compared.append(1), original(*given, **more))[1]
+    )
+    monkeypatch.setattr(Lines, "__init__", lambda *given, **more: (shown.append(given[2]), begin(*given, **more))[1])
+    weights = tmp_path / "own.pt"
+    torch.save(load_backbone("lenet5", "none").state(), weights)
+    own = {**NETWORK, "weights": str(weights)}
+    asked = {**FAST, "sizes": (5,), "seeds": 1, "silent": False, "routes": "bottleneck,tail"}
+    fp.routes(piles, tmp_path / "store", dataset="digits", **own, **asked)
+    assert len(compared) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "phase 1 of 4, prepare: the network, and what each route reads of it"
+    phases = [line.partition(":")[0] for line in said if line.startswith("phase ")]
+    assert phases == [f"phase {number} of 4, {name}" for number, name in enumerate(routes.PHASES, 1)]
+    assert [what for what in shown if what] == [
+        "phase 1 of 4, prepare", "phase 2 of 4, extract", "extract", "settling routes", "phase 3 of 4, compare",
+        "phase 4 of 4, measure",
+    ]  # fmt: skip
 
 
 def test_a_recommendation_says_that_it_rests_on_fewer_draws_than_were_asked_for() -> None:
