@@ -27,7 +27,7 @@ from featurepipe.store import FeatureStore, forget_images
 from featurepipe.store.atomic import listed, read_file, read_json
 from featurepipe.store.exports import ABOUT, TABLES, texts_in
 from featurepipe.store.feature_store import is_store
-from featurepipe.store.forget import held_ids, is_unfinished
+from featurepipe.store.forget import held_elsewhere, held_ids, is_unfinished
 from featurepipe.store.forgotten import Forgotten
 from featurepipe.store.keys import as_keys, keys_from_arrow, prefixes_of
 from featurepipe.store.labels import read_columns
@@ -68,7 +68,7 @@ def forget(
         store: The store or its path.
         ids: The images, or a file of them: .txt with one a line, or .csv, .parquet, .jsonl with a column ``id``. None to finish
             what a killed call began.
-        dataset: Whose ids they are; by default the store's only dataset.
+        dataset: Whose ids they are; by default an image goes from each dataset that has something of it.
         look_in: Folders and files to search for bundles, stores, pages and tables that depend on the images, besides those that
             the store's run records name.
         may_come_back: Let the next extraction compute the images if the source still has them.
@@ -195,11 +195,14 @@ def would_forget(listed: StandingList, store: FeatureStore | None) -> dict[str, 
     """What `forget_listed` would do with a list; takes no lock and changes nothing.
 
     Returns:
-        ``listed`` (ids), ``forgotten_before``, ``known`` (to the store, and so would go), ``unknown``, ``unfinished`` (whether a
-        killed call would be finished first).
+        ``listed`` (ids), ``forgotten_before``, ``known`` (to the dataset, and so would go), ``unknown``, ``elsewhere`` (how many
+        each other dataset has, where they stay), ``unfinished`` (whether a killed call would be finished first).
     """
-    known = len(held_ids(store, listed.fresh, listed.dataset)) if store is not None and listed.fresh else 0
-    counts = {**listed.told(), "known": known, "unknown": len(listed.fresh) - known}
+    known, elsewhere = 0, {}
+    if store is not None and listed.fresh:
+        known = len(held_ids(store, listed.fresh, listed.dataset))
+        elsewhere = held_elsewhere(store, listed.fresh, listed.dataset)
+    counts = {**listed.told(), "known": known, "unknown": len(listed.fresh) - known, "elsewhere": elsewhere}
     return {**counts, "unfinished": store is not None and is_unfinished(store)}
 
 
@@ -464,7 +467,17 @@ def _removed(told: Mapping[str, Any]) -> Iterator[str]:
     went = {"row": "rows_dropped", "reject": "rejects_removed", "index file": "indexes_removed"}
     changed = {"part": "parts_rewritten", "snapshot": "snapshots_rewritten", "record": "documents_rewritten"}
     would = "would be " if told["dry_run"] else ""
-    yield f"{counted(told['images'], 'image')} of dataset {told['dataset']}{again}"
+    whose = f" of dataset {told['dataset']}" if told["dataset"] else ""
+    yield f"{counted(told['images'], 'image')}{whose}{again}"
+    if len(told["datasets"]) > 1:
+        yield f"{would}removed from: {', '.join(f'{name} ({count:,})' for name, count in told['datasets'].items())}"
+    if told["several"]:
+        yield (
+            f"{counted(told['several'], 'id')} in several datasets, and {would}removed from each, though it may be another image "
+            f"there: {first_names(told['several_ids'], 5)}; --dataset NAME takes those of one"
+        )
+    for name, count in told["elsewhere"].items():
+        yield f"dataset {name} has {count:,} of these ids, too, where they stay; --dataset {name}, or no --dataset, removes them"
     yield f"{would}removed: {_counts(told, went)}; {would}rewritten: {_counts(told, changed)}"
     for name in told["parts_removed"]:
         yield f"{would}removed as a whole, damaged: {name}; featurepipe extract computes its other rows again"

@@ -252,15 +252,25 @@ class ForgottenDocument(_Document):
     images: list[_ForgottenImage]
 
 
-class ForgettingDocument(_Document):
-    """``forgetting.json``: what a call that was killed has not finished."""
-
-    dataset: str
+class _Forgetting(_Document):
     ids: list[str]
     keys: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     kept: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
-    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     come_back: bool
+
+
+class ForgettingDocument(_Forgetting):
+    """``forgetting.json``: what a call that was killed has not finished."""
+
+    datasets: Annotated[list[str], Field(min_length=1)]
+    refused: list[Annotated[list[str], Field(min_length=3, max_length=3)]]
+
+
+class EarlyForgettingDocument(_Forgetting):
+    """``forgetting.json`` as it was when a call was of one dataset."""
+
+    dataset: str
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
 
 
 class _DepthSpace(_Document):

@@ -7,6 +7,7 @@ killed one began. Parts are rewritten as `featurepipe.store.compact` does; snaps
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from featurepipe.store.atomic import (
     is_file,
     is_temporary,
     listed,
+    read_json,
     read_lines,
     refuse_strangers,
     sync_folder,
@@ -31,7 +33,13 @@ from featurepipe.store.atomic import (
     write_json,
 )
 from featurepipe.store.compact import rewrite_parts
-from featurepipe.store.documents import ForgettingDocument, checked_dataset, read_document
+from featurepipe.store.documents import (
+    EarlyForgettingDocument,
+    ForgettingDocument,
+    checked_dataset,
+    is_dataset,
+    read_document,
+)
 from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.forgotten import JOURNAL, Forgotten
 from featurepipe.store.gc import is_alive
@@ -50,7 +58,11 @@ class ForgetReport:
     """What ``forget_images`` did, or would do.
 
     Attributes:
-        dataset: Whose images.
+        dataset: Whose images; empty if those of several datasets, or of none, went.
+        datasets: How many of the ids each dataset had something of that went; none of those that had nothing.
+        elsewhere: How many of the ids other datasets than the one that was asked for have in a snapshot, where they stay.
+        several: How many of the ids went from more than one dataset.
+        several_ids: Some of these, at most 20.
         images: How many ids were asked for.
         known: How many of them the store had something of.
         unknown: How many of them are nowhere in it and were not forgotten before, where those are no error.
@@ -79,6 +91,10 @@ class ForgetReport:
     """
 
     dataset: str = ""
+    datasets: dict[str, int] = field(default_factory=dict)
+    elsewhere: dict[str, int] = field(default_factory=dict)
+    several: int = 0
+    several_ids: list[str] = field(default_factory=list)
     images: int = 0
     known: int = 0
     unknown: int = 0
@@ -124,7 +140,7 @@ def forget_images(
     Args:
         store: The store.
         ids: The images; none to finish what a killed call began.
-        dataset: Whose ids they are; by default the store's only dataset.
+        dataset: Whose ids they are; by default an image goes from each dataset that has something of it.
         may_come_back: Do not refuse them in the next extractions, and no longer those that were.
         dry_run: Only say what would go.
         unknown_ok: Ids that are nowhere in the store are no error: they are counted, and refused later as the others are.
@@ -173,7 +189,19 @@ def is_unfinished(store: FeatureStore) -> bool:
 
 def held_ids(store: FeatureStore, ids: Iterable[str], dataset: str) -> frozenset[str]:
     """The ids that the store has something of: a row of a snapshot or part of the dataset, or a reject. Takes no lock."""
-    return frozenset(_keys_of(store, Removal(dataset, tuple(ids)))[1])
+    return frozenset(_held(store, tuple(ids), dataset)[dataset])
+
+
+def held_elsewhere(store: FeatureStore, ids: Iterable[str], dataset: str) -> dict[str, int]:
+    """How many of the ids are in a snapshot of each other dataset that has any. Takes no lock."""
+    order, found = Removal((dataset,), tuple(ids)), {}
+    for name in store.datasets():
+        if name != dataset:
+            tables = (table["id"] for _, table in _snapshots(store, name))
+            found[name] = len(
+                {id_ for table in tables for id_ in table.filter(pa.array(order.are_named(table))).to_pylist()}
+            )
+    return {name: count for name, count in found.items() if count}
 
 
 def _pending(store: FeatureStore) -> Removal | None:
@@ -181,16 +209,20 @@ def _pending(store: FeatureStore) -> Removal | None:
     path = store.path / JOURNAL
     if not is_unfinished(store):
         return None
-    record = read_document(path, ForgettingDocument)
+    if "dataset" in read_json(path):
+        record = read_document(path, EarlyForgettingDocument)
+        datasets = (record["dataset"],)
+        refused = tuple((record["dataset"], id_, key) for id_, key in record["pairs"])
+    else:
+        record = read_document(path, ForgettingDocument)
+        datasets, refused = tuple(record["datasets"]), tuple((name, id_, key) for name, id_, key in record["refused"])
     ids, keys, kept = (tuple(record[name]) for name in ("ids", "keys", "kept"))
-    pairs = tuple((id_, key) for id_, key in record["pairs"])
-    return Removal(record["dataset"], ids, keys, kept, pairs, come_back=record["come_back"])
+    return Removal(datasets, ids, keys, kept, refused, come_back=record["come_back"])
 
 
 def _journal(order: Removal) -> dict[str, Any]:
-    texts = {name: list(getattr(order, name)) for name in ("ids", "keys", "kept")}
-    pairs = [list(pair) for pair in order.pairs]
-    return {"dataset": order.dataset, **texts, "pairs": pairs, "come_back": order.come_back}
+    texts = {name: list(getattr(order, name)) for name in ("datasets", "ids", "keys", "kept")}
+    return {**texts, "refused": [list(one) for one in order.refused], "come_back": order.come_back}
 
 
 # What is to go
@@ -204,71 +236,99 @@ def make_order(
     Raises:
         UsageError: An id is nowhere, and ``unknown_ok`` is false.
     """
-    dataset = checked_dataset(asked.dataset) if asked.dataset else store.only_dataset()
-    bare = Removal(dataset, tuple(ids))
-    pairs, found = _keys_of(store, bare)
+    held = _held(store, ids, checked_dataset(asked.dataset) if asked.dataset else None)
+    names = tuple(sorted(held) or [store.only_dataset()])  # which says how there comes to be one
+    places = Counter(id_ for of_one in held.values() for id_ in of_one)
     before = Forgotten.of(store.path)
-    unknown = [id_ for id_ in ids if id_ not in found]
-    again = dict(zip(unknown, before.has_ids(dataset, unknown), strict=True))
-    strange = [id_ for id_ in unknown if not again[id_]]
+    again = {id_ for name in names for id_, is_known in zip(ids, before.has_ids(name, ids), strict=True) if is_known}
+    strange = [id_ for id_ in ids if id_ not in places and id_ not in again]
+    report.elsewhere = held_elsewhere(store, ids, asked.dataset) if asked.dataset else {}
     if strange and not unknown_ok:
-        raise _nowhere(store, dataset, strange)
-    keys = sorted({key for _, key in pairs})
-    others = _others(store, bare, keys)
+        raise _nowhere(store, names, strange)
+    keys = sorted({key for of_one in held.values() for keys in of_one.values() for key in keys})
+    others = _others(store, Removal(names, tuple(ids)), keys)
     kept = sorted(others)
-    report.dataset, report.images, report.known = dataset, len(ids), len(found)
+    several = [id_ for id_ in ids if places[id_] > 1]
+    report.datasets = {name: len(held[name]) for name in names if held[name]}
+    report.dataset = (*report.datasets, *names)[0] if len(report.datasets or names) == 1 else ""
+    report.several, report.several_ids = len(several), several[:_NAMED]
+    report.images, report.known = len(ids), len(places)
     report.unknown, report.unknown_ids = len(strange), strange[:_NAMED]
     report.kept_keys = len(kept)
     shown = sorted({place for places in others.values() for place in places})
     report.kept_for = [{"dataset": name, "id": id_} for name, id_ in shown[:_NAMED]]
     going = tuple(key.hex() for key in keys if key not in others)
     report.keys = len(going)
-    refused = tuple((id_, key.hex()) for id_, key in sorted(pairs) if key not in others)
-    refused += tuple((id_, "") for id_ in ids)
+    refused = [(name, id_, "") for name in names for id_ in (*held[name], *strange)]
+    refused += [
+        (name, id_, key.hex())
+        for name in names
+        for id_, keys_of_it in held[name].items()
+        for key in sorted(keys_of_it)
+        if key not in others
+    ]
     keeps = tuple(key.hex() for key in kept)
-    return Removal(dataset, tuple(ids), going, keeps, refused, come_back=asked.may_come_back, known=len(found))
+    return Removal(names, tuple(ids), going, keeps, tuple(refused), come_back=asked.may_come_back, known=len(places))
 
 
-def _nowhere(store: FeatureStore, dataset: str, ids: Sequence[str]) -> UsageError:
-    if dataset not in (known := store.datasets()):
-        return unknown("dataset", dataset, known, where=str(store.path))
-    table = store.snapshot(dataset, columns=["id"])
-    near = nearest(ids[0], table["id"].to_pylist()[:100_000]) if table is not None else []
+def _nowhere(store: FeatureStore, names: Sequence[str], ids: Sequence[str]) -> UsageError:
+    known = store.datasets()
+    if known and len(names) == 1 and names[0] not in known:
+        return unknown("dataset", names[0], known, where=str(store.path))
+    tables = [store.snapshot(name, columns=["id"]) for name in names if name in known]
+    near = nearest(ids[0], [id_ for table in tables if table is not None for id_ in table["id"].to_pylist()[:100_000]])
     hint = f"; nearest to {ids[0]!r}: {', '.join(near)}" if near else ""
+    others = held_elsewhere(store, ids, names[0]) if len(names) == 1 else {}
+    hint += "".join(f"; dataset {name} has {count:,} of them" for name, count in others.items())
     return UsageError(
-        f"{len(ids):,} of the ids are nowhere in dataset {dataset} (no snapshot, part or reject names them): "
-        f"{first_names(ids, 5)}{hint}. Nothing was forgotten; mend or remove them"
+        f"{len(ids):,} of the ids are nowhere in {'dataset' if len(names) == 1 else 'datasets'} {', '.join(names)} (no "
+        f"snapshot, part or reject names them): {first_names(ids, 5)}{hint}. Nothing was forgotten; mend or remove them"
     )
 
 
-def _keys_of(store: FeatureStore, order: Removal) -> tuple[set[tuple[str, bytes]], set[str]]:
-    """Each id with each key that it ever had, and the ids that are anywhere."""
-    pairs: set[tuple[str, bytes]] = set()
-    found: set[str] = set()
-    for _, table in _snapshots(store, order.dataset):
-        mine = table.filter(pa.array(order.are_named(table["id"])))
-        found.update(mine["id"].to_pylist())
-        pairs.update(_pairs(mine["id"].to_pylist(), mine["key"].to_pylist()))
+def _held(store: FeatureStore, ids: Sequence[str], dataset: str | None = None) -> dict[str, dict[str, set[bytes]]]:
+    """Of each dataset, or of one, the ids that it has something of, each with all keys that it ever had there."""
+    order = Removal(_datasets(store) if dataset is None else (dataset,), tuple(ids))
+    held: dict[str, dict[str, set[bytes]]] = {name: {} for name in order.datasets}
+    for name, found, keys in _named_anywhere(store, order, any_dataset=dataset is None):
+        of_one = held.setdefault(name, {})
+        for id_, key in zip(found, keys, strict=True):
+            of_one.setdefault(id_, set()).update(() if key is None else (bytes(key),))
+    unsaid = held.pop("", {})  # early parts and rejects say no dataset
+    for id_, known in unsaid.items():
+        for name in [name for name in held if id_ in held[name]] or list(held):
+            held[name].setdefault(id_, set()).update(known)
+    return held
+
+
+def _datasets(store: FeatureStore) -> tuple[str, ...]:
+    """All datasets: those of runs, too, that took no snapshot, and of which images may have been forgotten before."""
+    of_runs = {str(record.get("dataset") or "") for record in store.runs()}
+    return tuple(sorted({*store.datasets(), *filter(is_dataset, of_runs)}))
+
+
+def _named_anywhere(
+    store: FeatureStore, order: Removal, *, any_dataset: bool
+) -> Iterator[tuple[str, Sequence[str], Sequence[bytes | None]]]:
+    """The order's ids in snapshots of its datasets, and in parts and rejects of these or of any: dataset, ids, keys."""
+    for name in order.datasets:
+        for _, table in _snapshots(store, name):
+            mine = table.filter(pa.array(order.are_named(table["id"])))
+            yield name, mine["id"].to_pylist(), mine["key"].to_pylist()
     for path in listed(store.path, "spaces/*/parts/*.h5"):
         with suppress(StoreError):  # of a damaged part nobody can tell: it goes as a whole
             part = read_part(path)
-            if order.is_of(part.dataset):
+            if any_dataset or order.is_of(part.dataset):
                 ids, keys = read_ids(part), read_array(part, "key")
                 mask = order.are_named(ids)
-                names = ids.filter(pa.array(mask)).to_pylist()
-                found.update(names)
-                pairs.update(_pairs(names, [key.tobytes() for key in keys[mask]]))
+                yield part.dataset, ids.filter(pa.array(mask)).to_pylist(), [key.tobytes() for key in keys[mask]]
     for path in listed(store.path, "spaces/*/rejects.jsonl"):
         for _, line in read_lines(path):
             reject = reject_of(line)
-            if reject is not None and reject["id"] in order.names and order.is_of(reject.get("dataset", "")):
-                found.add(reject["id"])
-                pairs.update(_pairs([reject["id"]], [reject["key"]]))
-    return pairs, found
-
-
-def _pairs(ids: Sequence[str], keys: Sequence[bytes | None]) -> Iterator[tuple[str, bytes]]:
-    return ((id_, bytes(key)) for id_, key in zip(ids, keys, strict=True) if key is not None)
+            if reject is not None and reject["id"] in order.names:
+                name = reject.get("dataset", "")
+                if any_dataset or order.is_of(name):
+                    yield name, [reject["id"]], [reject["key"]]
 
 
 def _others(store: FeatureStore, order: Removal, keys: Sequence[bytes]) -> dict[bytes, set[tuple[str, str]]]:
@@ -280,7 +340,7 @@ def _others(store: FeatureStore, order: Removal, keys: Sequence[bytes]) -> dict[
             usable = table.filter(table["key"].is_valid())
             same = usable.filter(pa.array(wanted.contains(keys_from_arrow(usable["key"]))))
             for id_, key in zip(same["id"].to_pylist(), same["key"].to_pylist(), strict=True):
-                if dataset != order.dataset or id_ not in order.names:
+                if not (order.is_of(dataset) and id_ in order.names):
                     places.setdefault(key, set()).add((dataset, id_))
     return places
 
@@ -329,33 +389,31 @@ def carry_out(
 
 def _refuse_later(store: FeatureStore, order: Removal) -> None:
     """Puts the images on the list of those that extractions refuse, or takes them off it."""
-    before = Forgotten.of(store.path)
-    if order.come_back:
-        after = before.without_images(order.dataset, order.ids)
-    else:
+    before = after = Forgotten.of(store.path)
+    for dataset in order.datasets:
         keys_of: dict[str, list[bytes]] = {}
-        for id_, key in order.pairs:
-            keys_of.setdefault(id_, []).extend([bytes.fromhex(key)] if key else [])
-        after = before.with_images(order.dataset, keys_of)
+        for name, id_, key in order.refused:
+            if name == dataset:
+                keys_of.setdefault(id_, []).extend([bytes.fromhex(key)] if key else [])
+        after = after.without_images(dataset, order.ids) if order.come_back else after.with_images(dataset, keys_of)
     if after.images != before.images:
         after.write(store.path)
 
 
 def _rewrite_snapshots(store: FeatureStore, order: Removal, *, dry_run: bool) -> int:
     folder, count, sound = store.path / "snapshots", 0, set()
-    for run_id in store.snapshot_ids(order.dataset):
-        path = folder / order.dataset / f"{run_id}.parquet"
-        file = path.lstat().st_ino
+    for dataset, run_id in ((name, run_id) for name in order.datasets for run_id in store.snapshot_ids(name)):
+        file = (folder / dataset / f"{run_id}.parquet").lstat().st_ino
         if file in sound:
             continue
-        table = store.snapshot(order.dataset, run_id, columns=["id"])
+        table = store.snapshot(dataset, run_id, columns=["id"])
         named = np.zeros(0, bool) if table is None else order.are_named(table["id"])
         if not named.any():
             sound.add(file)
             continue
         count += 1
         if not dry_run:
-            replace_snapshot(folder, order.dataset, run_id, pa.array(~named))
+            replace_snapshot(folder, dataset, run_id, pa.array(~named))
     return count
 
 

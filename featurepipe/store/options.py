@@ -105,6 +105,7 @@ class GcOptions(DryRunOption):
 class RemovalOptions(DryRunOption, DatasetOption):
     """What `featurepipe.store.forget_images` does."""
 
+    dataset: str | None = option(None, "whose ids they are (default: those of all datasets)", metavar="NAME")
     may_come_back: bool = option(
         False,
         "let the next extraction compute these images if the source still has them; also lifts an earlier refusal",

@@ -42,20 +42,20 @@ class Removal:
     """What is to go.
 
     Attributes:
-        dataset: Whose ids.
+        datasets: Whose ids; each id is looked for in each of them.
         ids: The images.
         keys: Hex of the keys whose rows go.
         kept: Hex of the keys whose rows stay for another id, without id, size and time.
-        pairs: The ids, each with the keys (hex, or an empty text) that the next extractions refuse.
+        refused: What the next extractions refuse: dataset, id, and a key (hex, or an empty text).
         come_back: Whether the images may come back.
         known: How many of the images the store had something of when it was asked; not kept for who finishes a killed call.
     """
 
-    dataset: str
+    datasets: tuple[str, ...]
     ids: tuple[str, ...]
     keys: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
-    pairs: tuple[tuple[str, str], ...] = ()
+    refused: tuple[tuple[str, str, str], ...] = ()
     come_back: bool = False
     known: int = 0
 
@@ -81,7 +81,7 @@ class Removal:
 
     def is_of(self, dataset: str) -> bool:
         """Whether the ids of a part, reject or record may be those of the order; old ones say no dataset."""
-        return dataset in ("", self.dataset)
+        return dataset in ("", *self.datasets)
 
     def are_named(self, ids: pa.Array | pa.ChunkedArray) -> Mask:
         """Which ids are those of the order."""
@@ -162,7 +162,7 @@ def strike(value: Any, order: Removal, *, ids: bool = True) -> Any:
     Args:
         value: JSON values.
         order: The images.
-        ids: Whether ids there are those of the order's dataset; else only keys count.
+        ids: Whether ids there are those of the order's datasets; else only keys count.
     """
     found = _strike(value, order, ids=ids)
     return {} if found is _GONE else found
@@ -372,7 +372,7 @@ _DOCUMENTS = frozenset({"runs", "depth", "store.json", ".lock", "forgotten.json"
 def _in_tables(root: Path, order: Removal) -> Iterator[tuple[Path, str]]:
     for path in listed(root, "snapshots/*/*.parquet"):
         table = ids_and_keys(path)
-        if path.parent.name == order.dataset and order.are_named(table["id"]).any():
+        if order.is_of(path.parent.name) and order.are_named(table["id"]).any():
             yield path, "an id"
         if order.going.contains(as_keys(table["key"].drop_null().to_pylist())).any():
             yield path, "a key"

@@ -178,6 +178,36 @@ def test_from_the_command_line(store, tmp_path, capsys, monkeypatch):
     assert "STILL THERE: mine.txt: a name" in capsys.readouterr().out
 
 
+def test_an_image_is_found_in_whatever_dataset_has_it(store, source, tmp_path, capsys):
+    (source / "new").mkdir()
+    picture(KINDS[0], 9).save(source / "new" / "9.png")
+    featurepipe.extract(source, store, dataset="e", **OPTIONS)
+    assert main(["forget", str(store.path), "--id", "new/9.png"]) == 0
+    assert "1 image of dataset e\nremoved: 1 row;" in capsys.readouterr().out
+    (tmp_path / "ids.txt").write_text("flat/0.png\nflat/1.png\n")
+    forget(store, PERSON[:1], dataset="d", silent=True)
+    asked = ["forget", str(store.path), "--ids", str(tmp_path / "ids.txt")]
+    assert main([*asked, "--dataset", "d", "--dry-run"]) == 0
+    assert (
+        "dataset e has 2 of these ids, too, where they stay; --dataset e, or no --dataset, removes them"
+        in capsys.readouterr().out
+    )
+    assert main([*asked, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["2 images", "would be removed from: d (1), e (2)"]
+    assert lines[2].startswith(
+        "1 id in several datasets, and would be removed from each, though it may be another image there: "
+    )
+    told = forget(store, tmp_path / "ids.txt", silent=True)
+    assert (told["datasets"], told["several_ids"], told["rows_dropped"], told["kept_for"]) == (
+        {"d": 1, "e": 2},
+        ["flat/1.png"],
+        2,
+        [],
+    )
+    assert not {*PERSON} & {*store.snapshot("d")["id"].to_pylist(), *store.snapshot("e")["id"].to_pylist()}
+
+
 def test_a_list_that_stays_may_be_empty_and_of_any_form(store, tmp_path):
     empty = {"a.txt": "", "b.txt": "\n  \n", "a.csv": "", "b.csv": "id,why\n", "a.jsonl": "\n", "a.parquet": ""}
     for name, text in empty.items():
@@ -191,10 +221,10 @@ def test_a_list_that_stays_may_be_empty_and_of_any_form(store, tmp_path):
         found = would_forget(StandingList.read(tmp_path / "bom.txt", store, dataset), store)
         before = int(dataset == "d")
         counts = {"listed": 2, "forgotten_before": before, "known": known, "unknown": 2 - before - known}
-        assert found == {**counts, "unfinished": False}
+        assert found == {**counts, "elsewhere": {} if before else {"d": 1}, "unfinished": False}
     nowhere = StandingList.read(tmp_path / "bom.txt", None, "d")
     assert would_forget(nowhere, None) == {
-        "listed": 2, "forgotten_before": 0, "known": 0, "unknown": 2, "unfinished": False,
+        "listed": 2, "forgotten_before": 0, "known": 0, "unknown": 2, "elsewhere": {}, "unfinished": False,
     }  # fmt: skip
     with pytest.raises(UsageError, match=r"the list of images to forget is not there; an empty file is a list of none"):
         StandingList.read(tmp_path / "absent.txt", store, "d")

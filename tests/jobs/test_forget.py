@@ -195,6 +195,30 @@ def test_unknown_ids_are_said_once_refused_and_named_in_no_record(listed, capsys
     assert "later.png" not in listed.store.snapshot("pile")["id"].to_pylist()
 
 
+def test_what_other_datasets_have_of_a_list_is_said_and_stays(listed, tmp_path, capsys):
+    (tmp_path / "others").mkdir()
+    for name in ("001.png", "only.png"):
+        (tmp_path / "others" / name).write_bytes(picture(70 + len(name)))
+    options = {"backbone": "lenet5", "weights": "none", "precision": "fp32", "dtype": "float32", "silent": True}
+    featurepipe.extract(tmp_path / "others", listed.store, dataset="others", **options)
+    listed.list.write_text("001.png\nonly.png\n")
+    planned = listed.run(dry_run=True)["steps"][0]["why"]
+    assert planned.endswith("; other datasets of the store have ids of the list, which stay there: others (2)")
+    second = listed.run()
+    assert second["exit_code"] == 0, second["steps"]
+    (said,) = [text for text in second["warnings"] if text.startswith("dataset others")]
+    assert said.startswith(
+        "dataset others of the store has 2 of the ids in withdrawn.txt, which stay there, since this job is "
+    )
+    assert "only.png" not in json.dumps(second)
+    assert sorted(listed.store.snapshot("others")["id"].to_pylist()) == ["001.png", "only.png"]
+    command = shlex.split(said.partition("see what would go: ")[2])
+    assert main(command[1:]) == 0
+    assert "would be removed: 2 rows" in capsys.readouterr().out
+    assert main(command[1:-1]) == 0
+    assert listed.store.snapshot("others")["id"].to_pylist() == []
+
+
 def test_what_depends_on_them_is_in_record_summary_and_page(pile):
     pile.fill(12, folder="day/")
     pile.fill(12, first=100, folder="night/")

@@ -269,8 +269,98 @@ def test_other_datasets_keep_images_of_the_same_name(filled, space, rows):
     assert report.left == []
     np.testing.assert_array_equal(read(filled, dataset="e")[ALICE[0]], rows.features(["another"], WIDTH)[0])
     assert filled.runs()[-1]["rejects"][0]["id"] == ALICE[0]
-    with pytest.raises(UsageError, match="2 datasets"):
-        forget_images(filled, ALICE)
+    assert (report.dataset, report.datasets, report.elsewhere) == ("d", {"d": 2}, {"e": 1})
+    rows.snapshot(filled, "e", ["dave.png"])
+    with pytest.raises(UsageError, match=r"nowhere in dataset d .*: dave\.png; .*dataset e has 1 of them"):
+        forget_images(filled, ["dave.png"], dataset="d")
+
+
+@pytest.fixture
+def datasets(filled, space, rows):
+    """Beside dataset d: e, which has an image of the same name and one of its own; f, of which a killed first run left a part."""
+    with space.writer(filled.new_run_id(), dataset="e") as writer:
+        names = ["another", "dave.png", "erin.png"]
+        writer.add(rows.keys(names), [ALICE[0], *names[1:]], [1] * 3, [1] * 3, values_of(names, rows))
+    rows.snapshot(filled, "e", [ALICE[0], *names[1:]], key=[bytes(key) for key in rows.keys(names)])
+    with space.writer(filled.new_run_id(), dataset="f") as writer:
+        writer.add(rows.keys(["frank.png"]), ["frank.png"], [1], [1], values_of(["frank.png"], rows))
+    filled.write_run({"run_id": filled.new_run_id(), "dataset": "f", "status": "failed"})
+    return filled
+
+
+def test_without_a_dataset_images_go_from_all_that_have_them(datasets, rows):
+    asked = [*ALICE, "dave.png", "frank.png"]
+    planned = forget_images(datasets, asked, dry_run=True)
+    report = forget_images(datasets, asked)
+    assert (report.dataset, report.datasets, report.elsewhere) == ("", {"d": 2, "e": 2, "f": 1}, {})
+    assert (report.images, report.known, report.several, report.several_ids) == (4, 4, 1, ALICE[:1])
+    assert (report.rows_dropped, report.snapshots_rewritten, report.kept_for, report.left) == (5, 4, [], [])
+    assert (planned.datasets, planned.several, planned.rows_dropped) == (report.datasets, report.several, 5)
+    assert_nothing_left(datasets.path, rows, asked, rows.keys([*asked, "another", "old"]))
+    assert list(read(datasets)) == OTHERS
+    assert list(read(datasets, dataset="e")) == ["erin.png"]
+    told = Forgotten.of(datasets.path)
+    refused = {name: told.has_ids(name, asked).tolist() for name in "def"}
+    assert refused == {
+        "d": [True, True, False, False],
+        "e": [True, False, True, False],
+        "f": [False, False, False, True],
+    }
+    assert told.has_key(bytes(rows.keys(["another"])[0]))
+    again = forget_images(datasets, asked)
+    assert (again.dataset, again.datasets, again.known, again.unknown, again.rows_dropped) == ("", {}, 0, 0, 0)
+    assert {name: Forgotten.of(datasets.path).has_ids(name, asked).tolist() for name in "def"} == refused
+    forget_images(datasets, asked, may_come_back=True)
+    assert not len(Forgotten.of(datasets.path))
+
+
+def test_ids_of_one_dataset_among_several_are_said_to_be_its_own(datasets):
+    report = forget_images(datasets, ["dave.png"])
+    assert (report.dataset, report.datasets, report.several) == ("e", {"e": 1}, 0)
+    assert not Forgotten.of(datasets.path).has_ids("d", ["dave.png"]).any()
+    with pytest.raises(
+        UsageError, match=r"^1 of the ids are nowhere in datasets d, e, f .*: erim\.png; nearest .*erin\.png"
+    ):
+        forget_images(datasets, ["frank.png", "erim.png"])
+    assert forget_images(datasets, ["erim.png"], unknown_ok=True).unknown == 1
+    assert all(Forgotten.of(datasets.path).has_ids(name, ["erim.png"]).all() for name in "def")
+
+
+def test_bytes_that_two_datasets_have_under_one_name_are_kept_for_neither(filled, rows):
+    rows.snapshot(filled, "e", ALICE[:1])
+    assert forget_images(filled, ALICE[:1], dataset="d", dry_run=True).kept_for == [{"dataset": "e", "id": ALICE[0]}]
+    report = forget_images(filled, ALICE[:1])
+    assert (report.datasets, report.kept_for, report.rows_dropped) == ({"d": 1, "e": 1}, [], 1)
+    assert_nothing_left(filled.path, rows, ALICE[:1])
+
+
+def test_a_call_of_several_datasets_that_was_killed_is_finished_in_all(datasets, rows, monkeypatch):
+    def ends(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forgetting, "_rewrite_part", ends)
+    with pytest.raises(KeyboardInterrupt):
+        forget_images(datasets, [ALICE[0], "dave.png"])
+    monkeypatch.undo()
+    report = forget_images(datasets)
+    assert (report.finished, report.left) == (2, [])
+    assert_nothing_left(datasets.path, rows, [ALICE[0], "dave.png"], rows.keys([ALICE[0], "dave.png", "another"]))
+    assert Forgotten.of(datasets.path).has_ids("e", [ALICE[0], "dave.png"]).tolist() == [True, True]
+    assert verify_store(datasets).clean
+
+
+def test_what_an_early_version_began_is_finished(filled, rows):
+    keys = [bytes(key).hex() for key in rows.keys(ALICE)]
+    begun = {"dataset": "d", "ids": ALICE, "keys": keys, "kept": [], "pairs": [[ALICE[0], ""], [ALICE[1], keys[1]]]}
+    (filled.path / "forgetting.json").write_text(json.dumps({**begun, "come_back": False}))
+    report = forget_images(filled)
+    assert (report.finished, report.rows_dropped, report.left) == (2, 2, [])
+    assert_nothing_left(filled.path, rows, ALICE)
+    assert Forgotten.of(filled.path).has_ids("d", NAMES).tolist() == [True, True, False, False, False, False]
+    for wrong in ({}, {"dataset": 3}, {**begun, "come_back": "no"}, {"datasets": [], "refused": []}):
+        (filled.path / "forgetting.json").write_text(json.dumps(wrong))
+        with pytest.raises(StoreError, match="is not as it should be"):
+            forget_images(filled)
 
 
 def test_what_lies_about_in_the_store_is_named(filled, rows):
@@ -297,7 +387,7 @@ def test_numbers_are_struck_where_they_are_names_alone():
         "counts": {"7": 7},
         "list": ["7", "8"],
     }
-    assert strike(record, Removal("d", ("7", "scan-07.png"))) == {
+    assert strike(record, Removal(("d",), ("7", "scan-07.png"))) == {
         "id": "x", "text": "7 images of 7, (forgotten) and (forgotten); scan-07.png.bak", "counts": {"7": 7}, "list": ["8"],
     }  # fmt: skip
 
@@ -416,7 +506,7 @@ def test_pieces_are_found_at_any_place_and_over_the_border_of_blocks(tmp_path, m
     monkeypatch.setattr("featurepipe.store.traces._BLOCK", 64)
     rng = np.random.default_rng(0)
     keys = rng.integers(0, 256, (3, 32), np.uint8)
-    needles = Needles(Removal("d", (), keys=tuple(bytes(key).hex() for key in keys)))
+    needles = Needles(Removal(("d",), (), keys=tuple(bytes(key).hex() for key in keys)))
     for place in range(40, 110):
         content = rng.integers(0, 256, 150, np.uint8)
         content[place : place + 32] = keys[place % 3]

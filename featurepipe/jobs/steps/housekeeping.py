@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from featurepipe.store.options import HandingOnOptions
 
 _WARNED = 10
 """Dependents that warnings name; the record has all."""
-_NAMES = frozenset({"unknown_ids", "unsearched"})
+_NAMES = frozenset({"unknown_ids", "several_ids", "unsearched"})
 """What would name forgotten images in the record."""
 
 
@@ -50,7 +51,10 @@ def forget(night: Night, table: ForgetTable) -> dict[str, Any]:
             night.say(f"not in dataset {night.dataset}: {first_names(found['unknown_ids'], len(found['unknown_ids']))}")
         told = {key: value for key, value in found.items() if key not in _NAMES}
         told |= {"dependents": _with_writers(night, found["dependents"])}
-        told |= {"text": _text_of_forget(told, name), "warnings": list(_warnings_of_forget(told, name))}
+        told |= {
+            "text": _text_of_forget(told, name),
+            "warnings": [*_warnings_of_forget(told, name), *_elsewhere(night, table, told)],
+        }
         if told["left"]:
             raise StoreError(
                 f"still there, in files that are not the store's own: {'; '.join(told['left'])}; remove them",
@@ -84,7 +88,9 @@ def outlook_of_forget(table: ForgetTable, store: FeatureStore | None, dataset: s
         if found["known"]
         else "removes no image"
     )
-    return True, f"{first}{goes}{_others(found, name)}"
+    there = ", ".join(f"{name} ({count:,})" for name, count in found["elsewhere"].items())
+    stay = f"; other datasets of the store have ids of the list, which stay there: {there}" if there else ""
+    return True, f"{first}{goes}{_others(found, name)}{stay}"
 
 
 def _nothing_new(found: Mapping[str, Any], name: str) -> str:
@@ -134,6 +140,25 @@ def _warnings_of_forget(found: Mapping[str, Any], name: str) -> Iterator[str]:
         yield f"the bytes of {bytes_of} are those of other ids as well, for which the features stay: {first_names(others, 5)}"
     if found["linked"]:
         yield f"{counted(found['linked'], 'part')} had another name (a hard link), perhaps in a backup: remove it"
+
+
+def _elsewhere(night: Night, table: ForgetTable, found: Mapping[str, Any]) -> Iterator[str]:
+    """What other datasets have of the ids: perhaps the same people's images, perhaps those of another job by the same name."""
+    for dataset, count in found["elsewhere"].items():
+        words = [
+            "featurepipe",
+            "forget",
+            str(night.store.path),
+            "--ids",
+            str(table.ids),
+            "--dataset",
+            dataset,
+            "--dry-run",
+        ]
+        yield (
+            f"dataset {dataset} of the store has {count:,} of the ids in {table.ids.name}, which stay there, since this job "
+            f"is of dataset {night.dataset}; see what would go: {shlex.join(words)}"
+        )
 
 
 def _with_writers(night: Night, dependents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
