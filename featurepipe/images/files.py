@@ -252,16 +252,18 @@ def _read_local(path: str) -> bytes:
         with open(descriptor, "rb", buffering=0) as file:
             before = os.fstat(descriptor)
             if not stat.S_ISREG(before.st_mode):
-                what = "is a directory" if stat.S_ISDIR(before.st_mode) else "is not a regular file"
-                raise Reject(f"unreadable: {what}")
+                what = "named pipe" if stat.S_ISFIFO(before.st_mode) else "device"
+                raise Reject(f"unreadable: is a {what}, no file")
             check_bytes(before.st_size)
             content = file.readall()
             after = os.fstat(descriptor).st_size
     except FileNotFoundError:
         raise _missing(path) from None
     except IsADirectoryError:
-        raise Reject("unreadable: is a directory") from None
+        raise Reject("unreadable: is a directory, no file") from None
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENXIO:  # nobody can open a socket
+            raise Reject("unreadable: is a socket or a device, no file") from None
         raise unreadable(error) from error
     if after != before.st_size or len(content) < after:
         raise Unavailable(

@@ -1,7 +1,7 @@
 """Folders of image files: local ones, and those behind an fsspec URL (``memory://``, ``http://``, ``s3://``, ...)."""
 
 # A path here may be a URL, or not valid UTF-8, so it stays a string.
-# ruff: noqa: PTH100, PTH112, PTH116, PTH118, PTH119
+# ruff: noqa: PTH100, PTH110, PTH112, PTH116, PTH118, PTH119
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ from featurepipe.images.files import (
 from featurepipe.images.listing import (
     HIDDEN,
     IMAGE_SUFFIXES,
+    LINKS_BACK,
+    LINKS_TO_NOTHING,
     UNKNOWN,
     Findings,
     FolderLabels,
@@ -67,7 +69,9 @@ class FolderSource(Source):
     """Image files below a folder, in the byte order of their ids; an id is the path relative to the folder.
 
     Class sub-folders give labels, ``train/ val/ test/`` above them splits. Links are followed, except back into a
-    folder that contains them. A feature store inside the folder is passed over.
+    folder that contains them. A folder is one whatever its name, ``x.png`` too, unless it is empty; what else has an image's
+    name and is no file, such as a pipe or a link to nothing, is listed, and a reject when it is read. A feature store inside
+    is passed over.
     """
 
     def __init__(self, path: str) -> None:
@@ -79,7 +83,7 @@ class FolderSource(Source):
         """Lists the folder: one directory read per folder, one stat per image, nothing opened."""
         try:
             found = os.stat(self.path)
-            top = [entry for entry in os.scandir(self.path) if _is_class_folder(entry)]
+            top = [entry for entry in os.scandir(self.path) if not is_hidden(entry.name) and _is_folder(entry)]
             root = _Directory("", self.path, (found.st_dev, found.st_ino), ())
             prefix = len(self.path.rstrip("/")) + 1
             labels, findings = FolderLabels(_deciding(top, root, prefix)), Findings()
@@ -162,7 +166,7 @@ class _Walk:
                         return []
                     item = self._entry(directory, entry, base + os.fsencode(entry.name), label_and_split)
                     if item is None:
-                        passed_over.append(HIDDEN if is_hidden(entry.name) else entry.name)
+                        passed_over.append(_passed_over_as(entry))
                     else:
                         found.append(item)
         except OSError as error:
@@ -184,7 +188,7 @@ class _Walk:
         if is_hidden(name):
             return None
         id_ = directory.id + printable(name)
-        if name.lower().endswith(IMAGE_SUFFIXES):
+        if name.lower().endswith(IMAGE_SUFFIXES) and not (_is_folder(entry) and _has_entries(entry.path)):
             return id_, (id_, *label_and_split, *_stat(entry), locator)
         try:
             child = _descend(directory, entry)
@@ -246,11 +250,28 @@ def _descend(parent: _Directory, entry: os.DirEntry[str]) -> _Directory | None:
     return _Directory(f"{parent.id}{printable(entry.name)}/", entry.path, identity, ancestors)
 
 
-def _is_class_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return not is_hidden(entry.name) and not entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_dir()
+        return entry.is_dir()
+    except OSError:  # nobody can tell, or a link to itself
+        return False
+
+
+def _has_entries(path: str) -> bool:
+    try:
+        with os.scandir(path) as entries:
+            return any(entries)
     except OSError:
         return False
+
+
+def _passed_over_as(entry: os.DirEntry[str]) -> str:
+    """What a listing counts an entry as that is neither an image nor a folder to go into."""
+    if is_hidden(entry.name):
+        return HIDDEN
+    if not entry.is_symlink():
+        return entry.name
+    return LINKS_BACK if _is_folder(entry) else entry.name if os.path.exists(entry.path) else LINKS_TO_NOTHING
 
 
 class RemoteFolderSource(Source):

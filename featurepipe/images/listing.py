@@ -164,6 +164,10 @@ class FolderLabels:
 HIDDEN: Final = "hidden"
 UNNAMED: Final = frozenset({"no suffix", "numbered"})
 OUTSIDE: Final = "names that lead out of the archive (..)"
+LINKS_TO_NOTHING: Final = "links to nothing"
+LINKS_BACK: Final = "links to a folder around them"
+_AS_SAID: Final = frozenset({HIDDEN, OUTSIDE, LINKS_TO_NOTHING, LINKS_BACK})
+"""What files are counted by that are passed over for another reason than their suffix."""
 
 _METADATA: Final = b"featurepipe.listing"
 _TOLD: Final = b"featurepipe.told"
@@ -215,7 +219,7 @@ class Findings:
 
     def pass_over(self, name: str) -> None:
         """Counts a file that is not listed, by the suffix of its name."""
-        suffix = name if name in (HIDDEN, OUTSIDE) else suffix_of(name)
+        suffix = name if name in _AS_SAID else suffix_of(name)
         self.passed_over[suffix if suffix in self.passed_over or len(self.passed_over) < _KEPT else "other"] += 1
 
     def label(self, value: Any, where: str, number: object = "") -> str | None:
@@ -436,7 +440,7 @@ class ListingSummary:
         found = list(self.undecodable)
         if files:
             # Those that somebody may take for images first.
-            order = sorted(files, key=lambda suffix: (suffix not in _FORMATS, -files[suffix]))
+            order = sorted(files, key=lambda suffix: (suffix not in _FORMATS | _AS_SAID, -files[suffix]))
             named = first_names([f"{suffix} {files[suffix]:,}" for suffix in order], _SHOWN)
             ways = ["convert images in formats that are not read"] if _FORMATS & files.keys() else []
             ways += ["a manifest can name images without a suffix, as of DICOM"] if UNNAMED & files.keys() else []

@@ -13,7 +13,7 @@ import pytest
 from featurepipe.annotations import split_of
 from featurepipe.errors import Reject, SourceError
 from featurepipe.images import open_source
-from featurepipe.images.listing import FolderLabels, printable
+from featurepipe.images.listing import FolderLabels, ListingSummary, printable
 
 
 def make(root, *names):
@@ -158,11 +158,22 @@ def test_scan_opens_no_image(tmp_path, monkeypatch):
     assert source.scan().num_rows == 2
 
 
-def test_a_directory_named_like_an_image_is_a_reject(tmp_path):
-    source = make(tmp_path, "x.png/inside.jpg", "y.png")
-    assert listed(source, "id", "size", "mtime_ns")[0] == ("x.png", -1, -1)
-    assert source.scan().num_rows == 2
-    assert why(source, "x.png") == "unreadable: is a directory"
+def test_a_folder_named_like_an_image_is_a_folder(tmp_path):
+    source = make(tmp_path, "x.png/inside.jpg", "y.png", "z/w.dcm/1.dcm", "z/w.dcm/readme.txt")
+    (tmp_path / "linked.tif").symlink_to("x.png")
+    assert listed(source, "id", "label", "size") == [
+        ("linked.tif/inside.jpg", "linked.tif", 16), ("x.png/inside.jpg", "x.png", 16), ("y.png", None, 5),
+        ("z/w.dcm/1.dcm", "z", 13),
+    ]  # fmt: skip
+    assert ListingSummary.of(source.scan()).passed_over == {".txt": 1}
+    (tmp_path / "empty.jpg").mkdir()
+    assert why(source, "empty.jpg") == "unreadable: is a directory, no file"
+    make(tmp_path / "splits", "train/a.png/1.jpg", "test/a.png/2.jpg")
+    found = listed(open_source(tmp_path / "splits"), "id", "label", "split")
+    assert found == [("test/a.png/2.jpg", "a.png", "test"), ("train/a.png/1.jpg", "a.png", "train")]
+    make(tmp_path / "splits", "more.png/3.jpg")  # a class at the top, so that test and train are classes
+    found = listed(open_source(tmp_path / "splits"), "label", "split")
+    assert found == [("more.png", None), ("test", None), ("train", None)]
 
 
 def test_links(tmp_path):
@@ -182,6 +193,14 @@ def test_links(tmp_path):
     assert read(source, "linked.jpg") == b"cat/1.jpg"
     assert why(source, "broken.jpg") == "missing: a link to nowhere (-> nowhere.jpg)"
     assert why(source, "self.jpg") == "unreadable: Too many levels of symbolic links"
+    (tmp_path / "root" / "class").symlink_to("nowhere")
+    (tmp_path / "root" / "cat" / "back").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "round").symlink_to("round")
+    (tmp_path / "root" / "notes").symlink_to("cat/1.jpg")
+    summary = ListingSummary.of(source.scan())
+    assert summary.passed_over == {"links to nothing": 2, "links to a folder around them": 1, "no suffix": 1}
+    said = "passed over 4 files: links to nothing 2, links to a folder around them 1, no suffix 1"
+    assert said in "\n".join(summary.lines("root", labels=False))
 
 
 def test_link_loops_end(tmp_path):
@@ -248,9 +267,9 @@ def test_special_files_do_not_hang(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s.jpg"))
         assert listed(source, "id", "size") == [("a.jpg", 5), ("pipe.jpg", -1), ("s.jpg", -1), ("zero.jpg", -1)]
-        assert why(source, "pipe.jpg") == "unreadable: is not a regular file"
-        assert why(source, "zero.jpg") == "unreadable: is not a regular file"
-        assert why(source, "s.jpg").startswith("unreadable: ")
+        assert why(source, "pipe.jpg") == "unreadable: is a named pipe, no file"
+        assert why(source, "zero.jpg") == "unreadable: is a device, no file"
+        assert why(source, "s.jpg") == "unreadable: is a socket or a device, no file"
 
 
 def test_an_unreadable_file_is_a_reject(tmp_path, monkeypatch):
