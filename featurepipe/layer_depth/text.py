@@ -33,6 +33,7 @@ def _networks(found: Mapping[str, Any]) -> str:
     """The answer over several networks, and a row for each."""
     best, measure = found["recommended"], measure_of(found)
     between = {row["backbone"]: row for row in found["differences"]}
+    of = {_name(one): one for one in found["networks"]}
     rows = []
     for one in map(with_values, found["networks"]):
         own, other = one["recommended"], between.get(_name(one), {})
@@ -51,10 +52,12 @@ def _networks(found: Mapping[str, Any]) -> str:
         )
     header = ["network", "its layer", measure.word, "ms/image", "width", "its best to the best"]
     value = best[measure.name]
+    named, top = (
+        _named(best[one], of[best[of_one]]) for one, of_one in (("column", "backbone"), ("best", "best_backbone"))
+    )
     return (
-        f"recommended of {len(rows)} networks: {best['column']} of {best['backbone']} with {best['head']}, "
-        f"{measure.word} {value:.4f}; "
-        f"the {measure.best} is {best['best']} of {best['best_backbone']}, {best[f'best_{measure.name}']:.4f}\n"
+        f"recommended of {len(rows)} networks: {named} of {best['backbone']} with {best['head']}, {measure.word} {value:.4f}; "
+        f"the {measure.best} is {top} of {best['best_backbone']}, {best[f'best_{measure.name}']:.4f}\n"
         f"rule: {best['rule']}\n{table(header, rows)}"
     )
 

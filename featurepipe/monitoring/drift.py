@@ -102,10 +102,10 @@ def drift(
     Returns:
         JSON values. ``dataset``; ``reference`` and ``snapshot`` (run ids; the first is null if there is none); ``images``
         (``reference`` and ``new``: distinct ones); ``groups`` (``column``, and how many of the ``reference`` and ``new`` are
-        compared; null without groups); ``columns``, each with ``column``, ``space``, ``p_value``, ``adjusted``,
-        ``effect`` and ``auc`` (see `two_sample.Comparison`), ``compared`` (images of each side), ``farthest`` and
-        ``typical`` (ids of new images); ``classes``, ``labels`` and ``numbers``, of which the one that the bundle predicts is
-        not null, each with ``space``, ``columns``, ``p_value``, ``adjusted`` and ``compared``. ``classes`` has
+        compared; null without groups); ``columns``, each with ``column``, ``bottleneck`` (the network's, if known), ``space``,
+        ``p_value``, ``adjusted``, ``effect`` and ``auc`` (see `two_sample.Comparison`), ``compared`` (images of each side),
+        ``farthest`` and ``typical`` (ids of new images); ``classes``, ``labels`` and ``numbers``, of which the one that the
+        bundle predicts is not null, each with ``space``, ``columns``, ``p_value``, ``adjusted`` and ``compared``. ``classes`` has
         ``total_variation``, ``by_chance`` and ``classes`` (shares, those that changed most first); ``labels`` has ``effect``
         (the greatest change of a rate), ``tested`` and ``constant`` (how many labels were, and how many both sides have on no
         image or on all) and ``labels``: of the 100 of the least p-values ``label``, ``p_value``, ``adjusted``
@@ -354,6 +354,7 @@ def _compare_features(pair: Pair, permutations: int, seed: int) -> dict[str, Any
     ids = pair.new.ids
     return {
         "column": pair.new.column,
+        "bottleneck": pair.new.origin.bottleneck,
         "space": pair.new.origin.space,
         "p_value": found.p_value,
         "effect": found.effect,

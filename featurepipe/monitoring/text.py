@@ -113,7 +113,7 @@ def _columns(columns: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows = [
         [
-            one["column"],
+            named_columns(one["column"], one.get("bottleneck")),
             one["space"],
             _p(one["p_value"]),
             _p(one["adjusted"]),
@@ -124,8 +124,8 @@ def _columns(columns: Sequence[Mapping[str, Any]]) -> str:
     ]
     return (
         f"{table(['column', 'space', 'p-value', 'adjusted', 'mean moved', 'AUC'], rows)}\n"
-        "mean moved: the distance between both means, in spreads of the reference; AUC: how often a new image is told "
-        "from one of the reference, 0.5 is chance"
+        "mean moved: the distance between both means, in standard deviations of the reference; AUC: how often a new image "
+        "is told from one of the reference, 0.5 is chance"
     )
 
 
@@ -133,10 +133,11 @@ def _images(found: Mapping[str, Any]) -> list[str]:
     """Images of the columns that moved, those of the least p-values first."""
     moved = [one for one in found["columns"] if one["adjusted"] < found["thresholds"]["warn"]]
     moved.sort(key=lambda one: (one["adjusted"], -one["auc"]))
+    named = [(named_columns(one["column"], one.get("bottleneck")), one) for one in moved[:_COLUMNS]]
     return [
-        f"by {one['column']}, farthest from the reference: {_some(one['farthest'])}\n"
-        f"{' ' * len(one['column'])}    most typical of what is new: {_some(one['typical'])}"
-        for one in moved[:_COLUMNS]
+        f"by {name}, farthest from the reference: {_some(one['farthest'])}\n"
+        f"{' ' * len(name)}    most typical of what is new: {_some(one['typical'])}"
+        for name, one in named
     ]
 
 

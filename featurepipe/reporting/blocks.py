@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from featurepipe.display import size
+from featurepipe.display import named_columns, size
 
 if TYPE_CHECKING:
     from bokeh.model import Model
@@ -184,7 +184,11 @@ def measure_of(part: Mapping[str, Any]) -> MeasureStyle:
 
 
 def with_values(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A comparison of layers whose entries call what they measure ``value``, whatever it is, and say what under ``measure``."""
+    """A comparison as people read it.
+
+    Entries call what they measure ``value``, whatever it is, and say what under ``measure``; the columns of the network's
+    bottleneck are called so (`featurepipe.display.named_columns`).
+    """
     name = measure_of(document).name
     names = {name: "value", f"train_{name}": "train_value", f"best_{name}": "best_value"}
 
@@ -199,7 +203,24 @@ def with_values(document: Mapping[str, Any]) -> Mapping[str, Any]:
         found["recommended"] = renamed(found["recommended"])
         if found["recommended"].get("elsewhere"):
             found["recommended"]["elsewhere"] = renamed(found["recommended"]["elsewhere"])
-    return found
+    described = (document.get("backbone") or {}).get("description")
+    node = described.get("bottleneck") if isinstance(described, Mapping) else None
+    names = {one["column"]: named_columns(one["column"], node) for one in document.get("columns") or ()}
+    return found | {part: _with_names(found[part], names) for part in _NAMING_COLUMNS if part in found}
+
+
+_NAMING_COLUMNS = (
+    "columns", "results", "differences", "concatenations", "recommended", "similarity", "transferability",
+)  # fmt: skip
+
+
+def _with_names(value: Any, names: Mapping[str, str]) -> Any:
+    """JSON values in which columns have the names that people know them by, keys as well."""
+    if isinstance(value, str):
+        return "+".join(names.get(part, part) for part in value.split("+"))
+    if isinstance(value, Mapping):
+        return {_with_names(key, names): _with_names(inner, names) for key, inner in value.items()}
+    return [_with_names(one, names) for one in value] if isinstance(value, list | tuple) else value
 
 
 def metrics_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -324,7 +345,8 @@ class Panel:
     Attributes:
         title: What it shows, in a word or two.
         plot: The Bokeh figure.
-        shape: How wide it may be: ``wide``, ``square``, or ``strip``, several of which fit side by side.
+        shape: How wide it may be: ``wide``, ``square``, ``strip``, several of which fit side by side, or ``dense``, a square of
+            so many rows and columns that it is scrolled on a phone, and larger on paper.
         spoken: Its points in words, for screen readers; by default the exhibit's summary.
     """
 

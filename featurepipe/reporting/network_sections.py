@@ -161,7 +161,8 @@ def _layer_table(document: Document, found: Sequence[Document]) -> Table:
                         TableCell(count(node.get("width")), finite(node.get("width"))),
                     )
                 )
-    wanted = (best["backbone"], best["column"], best["head"])
+    own = next(one for one in found if _name(one) == best["backbone"])
+    wanted = (best["backbone"], called(best["column"], own), best["head"])
     elsewhere = [f"{measure.title} on {where}"] if where else []
     header = ("Layer", "Head", measure.title, *elsewhere, "LogME", "ms per image", "Width")
     marked = keys.index(wanted) if wanted in keys else None

@@ -289,8 +289,9 @@ def drift_trend(nights: Sequence[Night], paint: Paint) -> Exhibit | None:
         tuple(Key(name, styles[name], tuple(ids)) for name, ids in drawn.items()),
         _drift_table(nights),
         note="A small p-value says that the new images are not like those of before; the effect says how far they are from them, "
-        "in spreads of the images of before, the share of images that moved to another class, the greatest change of a label's "
-        f"rate, or how far predicted numbers moved, in their spreads.{_limit_words(limits)}",
+        "in standard deviations of the images of before, the share of images that moved to another class, the greatest change of "
+        "a label's rate, or how far predicted numbers moved, in their standard deviations."
+        f"{_limit_words(limits)}",
     )
 
 

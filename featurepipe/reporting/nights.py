@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featurepipe.display import dealt_with, share
+from featurepipe.display import dealt_with, named_columns, share
 from featurepipe.errors import UsageError, unknown
 from featurepipe.monitoring.standing_warnings import prediction_tests, standing, told
 from featurepipe.records import host, is_success, now, versions
@@ -91,7 +91,8 @@ def nights_document(
     series = _series(records)
     name = _chosen(series, options.job, store)
     extractions = {record["run_id"]: record for record in records if record.get("command") == "extract"}
-    nights = [_night(record, extractions) for record in series[name][-options.last :]]
+    bottlenecks = {space.name: space.bottleneck for space in store.spaces()}
+    nights = [_night(record, extractions, bottlenecks) for record in series[name][-options.last :]]
     successes = [record for record in series[name] if is_success(record)]
     newest, made = series[name][-1], now()
     warnings = standing(records, job=name) if "job" in newest else []
@@ -148,8 +149,8 @@ def _chosen(series: Mapping[str, Sequence[Record]], job: str | None, store: Feat
     return job or max(series, key=lambda name: series[name][-1]["run_id"])
 
 
-def _night(record: Record, extractions: Mapping[str, Record]) -> dict[str, Any]:
-    """What the page says of a run."""
+def _night(record: Record, extractions: Mapping[str, Record], bottlenecks: Mapping[str, str | None]) -> dict[str, Any]:
+    """What the page says of a run; ``bottlenecks`` are the nodes of those of spaces, by the space's name."""
     own = [extractions[run_id] for run_id in record.get("extractions") or () if run_id in extractions]
     first = next((run for run in own if run.get("status") == "done"), own[-1] if own else record)
     steps = [_step(step) for step in record.get("steps") or ()]
@@ -168,7 +169,7 @@ def _night(record: Record, extractions: Mapping[str, Record]) -> dict[str, Any]:
         "lost_labels": first.get("lost_labels") or {},
         "reject_reasons": first.get("reject_reasons") or {},
         "rejects": first.get("rejects") or [],
-        "drift": _drift(record),
+        "drift": _drift(record, bottlenecks),
         "classes": _classes(record),
         "predicted": _predicted(record),
         "versions": record.get("versions") or {},
@@ -217,7 +218,7 @@ def _stages(seconds: Record) -> dict[str, float]:
     return {stage: seconds[stage] for stage in _STAGES if seconds.get(stage) is not None}
 
 
-def _drift(record: Record) -> dict[str, Any] | None:
+def _drift(record: Record, bottlenecks: Mapping[str, str | None]) -> dict[str, Any] | None:
     """The tests of the step drift: adjusted p-value and effect of each column, and of a bundle's predictions."""
     results = [step.get("result") or {} for step in record.get("steps") or () if step["step"] == "drift"]
     found = next((result for result in results if result.get("verdict")), None)
@@ -225,7 +226,13 @@ def _drift(record: Record) -> dict[str, Any] | None:
         return None
     tests = found.get("columns") or []
     several = len({test.get("space") for test in tests}) > 1
-    named = [(f"{test.get('space')}/{test['column']}" if several else test["column"], test) for test in tests]
+    columns = [  # of records that do not name it as well: a column has one name in all nights
+        named_columns(test["column"], bottlenecks.get(test.get("space"), test.get("bottleneck"))) for test in tests
+    ]
+    named = [
+        (f"{test.get('space')}/{column}" if several else column, test)
+        for column, test in zip(columns, tests, strict=True)
+    ]
     limit = (found.get("thresholds") or {}).get("warn") or 0.0
     shift = [
         {"name": name, "p": test["adjusted"], "effect": effect, "moved": _moved(test, limit)}

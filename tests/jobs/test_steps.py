@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from featurepipe.display import named_columns
 from featurepipe.errors import BundleError, FeaturepipeError, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle, write_bundle
 from featurepipe.interrupt import StopRequest
@@ -309,7 +310,8 @@ def test_drift_warns_fails_and_keeps_what_it_found(nights, zoo):
     assert (worried["reference"], worried["images"]["new"]) == (second, 20)  # a quiet night has tested nothing
     assert warning.startswith(f"this run's images may not be like those of {second}: ")
     least = min(worried["columns"], key=lambda test: test["adjusted"])
-    assert f"{least['column']} differs most (p = {least['adjusted']:.2g}, " in warning
+    named = named_columns(least["column"], least["bottleneck"])
+    assert f"{named} differs most (p = {least['adjusted']:.2g}, " in warning
     with pytest.raises(FeaturepipeError, match=r"are not like those of .* differs most \(p = ") as caught:
         steps.drift(night, DriftTable(warn=0.01, fail=0.005, seed=1))
     assert caught.value.exit_code == 1

@@ -12,7 +12,7 @@ import featurepipe as fp
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics.comparison import difference_over_folds
 from featurepipe.layer_depth.networks import compared, names_of
-from featurepipe.layer_depth.text import text
+from featurepipe.layer_depth.text import _networks, text
 from featurepipe.reporting.report import write_report
 
 
@@ -102,6 +102,10 @@ def test_text_and_page_name_each_network_and_what_is_the_bottleneck(tmp_path: Pa
     )
     rows = re.findall(r'<span class="name">(.*?)</span>', page)
     assert {"slow", "fast", "poor", "slow low:gap", "fast bottleneck (end:gap)"} <= set(rows)
+    assert page.count('<tr class="marked">') == 2  # of the networks, and of all layers
+    told = _networks(found)
+    assert told.startswith("recommended of 3 networks: bottleneck (end:gap) of fast with logistic")
+    assert "; the most accurate is bottleneck (end:gap) of slow, 0.8" in told
     assert all(f"Network {name}" in page for name in FOUND)  # where each one's space, weights and runs are
 
 

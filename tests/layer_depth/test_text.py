@@ -72,6 +72,8 @@ def test_the_bottleneck_is_called_so_beside_its_own_name():
     assert lines[0].startswith("recommended: bottleneck (a:gap) with knn")
     assert any(line.startswith("bottleneck (a:gap) * ") for line in lines)
     assert any(line.startswith("b:gap  ") for line in lines)
+    assert "not told apart from b:gap: bottleneck (a:gap)" in lines
+    assert any("1.23 ms up to bottleneck (a:gap)" in line for line in lines)
 
 
 def test_a_long_protocol_is_wrapped():

@@ -60,6 +60,10 @@ def test_a_shift_is_a_warning_or_drift_as_the_thresholds_say_and_names_images(pi
     text = drift_text(found)
     assert "warning" in text
     assert "shifted-0017.png" in text
+    asked_for = {**column, "column": "flatten:gap", "bottleneck": "flatten"}
+    lines = drift_text({**found, "columns": [asked_for]}).splitlines()
+    assert any(line.startswith("bottleneck (flatten:gap) ") for line in lines)
+    assert any(line.startswith("by bottleneck (flatten:gap), farthest from the reference: ") for line in lines)
     failed = drift(pile.store, fail=0.001, silent=True)
     assert (failed["verdict"], failed["exit_code"]) == ("drift", 1)
 

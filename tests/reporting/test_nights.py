@@ -1,6 +1,7 @@
 """The last runs as one document, what to do after them, and what the page says; the records are those of conftest."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +80,21 @@ def test_columns_of_several_spaces_are_told_apart(recorded, night_records):
     drift = nights_document(recorded(records))["nights"][-1]["drift"]
     assert [test["name"] for test in drift["tests"]][:2] == ["resnet50-1/layer3:gap", "vgg16-2/layer3:gap"]
     assert drift["tests"][1]["effect"] is None
+    tests[1] |= {"space": tests[0]["space"], "column": "flatten:gap", "bottleneck": "flatten"}
+    drift = nights_document(recorded(records))["nights"][-1]["drift"]
+    assert [test["name"] for test in drift["tests"]][:2] == ["layer3:gap", "bottleneck (flatten:gap)"]
+
+
+def test_a_column_has_one_name_in_all_nights(recorded, night_records, monkeypatch):
+    """Also in records of before, which do not say whose bottleneck a column is of: the store's spaces do."""
+    space = SimpleNamespace(name="resnet50-1", bottleneck="layer3")
+    monkeypatch.setattr(FeatureStore, "spaces", lambda self: [space])
+    records = night_records(4)
+    newest = next(step for step in records[-1]["steps"] if step["step"] == "drift")["result"]["columns"]
+    newest[0] |= {"bottleneck": "layer3"}
+    tested = [night["drift"]["tests"] for night in nights_document(recorded(records))["nights"] if night["drift"]]
+    assert {tests[0]["name"] for tests in tested} == {"bottleneck (layer3:gap)"}
+    assert len(tested) > 1
 
 
 def test_rates_of_several_labels_are_of_the_images_predicted(recorded, night_records, tmp_path, parsed):

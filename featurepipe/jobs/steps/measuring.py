@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from featurepipe.display import counted
+from featurepipe.display import counted, named_columns
 from featurepipe.errors import FeaturepipeError
 from featurepipe.jobs.job import DepthTable, DriftTable, RoutesTable
 from featurepipe.jobs.step import Night, within_time
@@ -94,7 +94,10 @@ def _accept(night: Night) -> str:
 
 def _least(found: Mapping[str, Any]) -> str:
     """The test that differs most, as text."""
-    tests = [(test["adjusted"], test["column"], test["effect"]) for test in found["columns"]]
+    tests = [
+        (test["adjusted"], named_columns(test["column"], test.get("bottleneck")), test["effect"])
+        for test in found["columns"]
+    ]
     tests += [(test["adjusted"], name, effect) for name, test, effect in prediction_tests(found)]
     value, name, effect = min(tests)
     return f"{name} differs most (p = {value:.2g}, effect {effect:.3f})"
