@@ -22,7 +22,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from featurepipe.display import first_names, shortened
+from featurepipe.display import counted, first_names, shortened
 from featurepipe.reporting.blocks import (
     INK,
     QUIET,
@@ -46,7 +46,7 @@ Figure = Any
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _LETTER, _FRAME = 7, 230  # pixels: of a character, and of a plot's width on a phone
-_TICK = 22  # characters of a label under an axis
+_TICK = 24  # characters of a label under an axis
 _SLANTED, _LEVEL = 16, 30  # labels that fit side by side on a phone, and one above the other
 TWO_LINES = 8
 """Names below a plot that have room for two level lines each on a desk."""
@@ -142,7 +142,7 @@ def tick_names(names: Sequence[str]) -> list[str]:
 
     Example:
         >>> tick_names(["conv1", "features.stage.1.block.conv", "features.stage.2.block.conv"])
-        ['1 conv1', '2 features.…ock.conv', '3 features.…ock.conv']
+        ['1 conv1', '2 features.s…lock.conv', '3 features.s…lock.conv']
     """
     short = [shortened(name, _TICK) for name in names]
     if len(set(short)) == len(set(names)):
@@ -245,6 +245,12 @@ _WRITTEN = 16  # cells a side that have room for a number
 _NAMED = 200  # classes that are left out and named
 _DRAWN = 30  # classes, each with its name; beyond, those most often wrong
 _TABLED = 30
+_LABELS, _CELL = 180, 13  # pixels: of the names beside a map, and of a cell whose slanted name is apart from the next
+_WHAT_CELLS_ARE = {
+    True: "Numbers are per cent of the images of a true class.",
+    False: "The stronger a cell's colour, the larger its share of the images of its true class, of 0 to 100\u00a0%; point at "
+    "it, or tap it, for the numbers.",
+}
 
 
 def similarity_map(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
@@ -263,7 +269,7 @@ def similarity_map(document: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     return Exhibit(
         "How alike the nodes' features are (linear CKA)",
         _likeness(names, values),
-        (Panel("CKA", plot, "square"),),
+        (Panel("CKA", plot, _shape(names)),),
         (),
         table,
         note=f"1 is the same up to rotation and scale, 0 is unrelated.{measured}",
@@ -298,10 +304,10 @@ def confusion_map(metrics: Mapping[str, Any], paint: Paint) -> Exhibit | None:
     return Exhibit(
         "Confusion matrix",
         _mix_ups(counts, names),
-        (Panel("Confusion", plot, "square"),),
+        (Panel("Confusion", plot, _shape(shown)),),
         (),
         _confusion_table(names, counts, metrics),
-        note=f"Numbers are per cent of the images of a true class.{left}",
+        note=f"{_WHAT_CELLS_ARE[len(shown) <= _WRITTEN]}{left}",
     )
 
 
@@ -321,7 +327,8 @@ def _heat(
     tips: Sequence[Sequence[str]] | None = None,
 ) -> Figure:
     side = len(names)
-    plot = blank(paint, height=min(max(250 + 26 * side, 360), 620))
+    least = _LABELS + _CELL * side if side > _WRITTEN else 200
+    plot = blank(paint, height=min(max(250 + 26 * side, 360), 620), least_width=least)
     plot.x_range, plot.y_range = Range1d(start=-0.5, end=side - 0.5), Range1d(start=side - 0.5, end=-0.5)
     level = np.nan_to_num(values).ravel()
     shades, inks = [shade(v) for v in level], [on_shade(v) for v in level]
@@ -347,6 +354,10 @@ def _heat(
     name_places(plot.xaxis[0], names, slanted=True, every=side <= _DRAWN)
     name_places(plot.yaxis[0], names, every=side <= _DRAWN)
     return plot
+
+
+def _shape(names: Sequence[str]) -> str:
+    return "square" if len(names) <= _WRITTEN else "dense"
 
 
 def _likeness(names: Sequence[str], values: Values) -> str:
@@ -397,8 +408,7 @@ def _confusion_table(names: Sequence[str], counts: Values, metrics: Mapping[str,
         )
         for pair in pairs
     )
-    return (
-        Table("Classes most often mistaken for one another", ("True class", "Taken for", "Images"), rows)
-        if rows
-        else None
-    )
+    several = int(np.count_nonzero(counts * ~np.eye(len(names), dtype=np.bool_)))
+    some = f", the first {len(rows)} of {counted(several, 'pair')}" if len(rows) < several else ""
+    caption = f"Classes most often mistaken for one another{some}"
+    return Table(caption, ("True class", "Taken for", "Images"), rows) if rows else None

@@ -78,8 +78,8 @@ def _answer(document: Document) -> Section | None:
     )
     balanced = metrics.get("balanced_accuracy") or {}
     figures = (
-        ("Accuracy", percent(accuracy["value"]), bounds),
-        ("Balanced accuracy", percent(balanced.get("value")), interval(balanced.get("low"), balanced.get("high"))),
+        ("Accuracy", percent(accuracy["value"]), _between(bounds)),
+        ("Balanced accuracy", percent(balanced.get("value")), _between(_bounds_of(balanced))),
         *_kappa_figure(metrics.get("quadratic_kappa")),
         ("Classes", count(len(bundle.get("classes") or [])), ""),
         ("Trained and calibrated on", count(bundle.get("seen")), "different images"),
@@ -91,8 +91,7 @@ def _kappa_figure(kappa: Document | None) -> list[tuple[str, str, str]]:
     """The measure of ordered classes, if they are."""
     if not kappa:
         return []
-    bounds = ", ".join(plain(kappa[name]) for name in ("low", "high") if kappa.get(name) is not None)
-    return [("Weighted kappa", plain(kappa["value"]), f"95\u00a0% interval {bounds}" if bounds else "")]
+    return [("Weighted kappa", plain(kappa["value"]), _between(_plain_bounds(kappa)))]
 
 
 def _answer_of_targets(bundle: Document, evaluation: Document, metrics: Document) -> Section:
@@ -106,25 +105,34 @@ def _answer_of_targets(bundle: Document, evaluation: Document, metrics: Document
             f"Over {counted(measured, 'label')} its mean average precision is {reached} on {images} images{scope}."
         )
         shown = [("map", "Mean average precision"), ("auc", "AUC"), ("macro_f1", "Macro F1"), ("micro_f1", "Micro F1")]
-        figures = [(title, percent(metrics[name]["value"]), _bounds_of(metrics[name])) for name, title in shown]
+        figures = [
+            (title, percent(metrics[name]["value"]), _between(_bounds_of(metrics[name]))) for name, title in shown
+        ]
     else:
         sentence = (
             f"Its predictions are off by {plain(metrics['mae']['value'])} on average ({images} images{scope}); they explain "
             f"{_said(metrics['r2'])} of the variance."
         )
         shown = [("mae", "Mean absolute error"), ("rmse", "RMSE"), ("r2", "R2"), ("spearman", "Spearman's correlation")]
-        figures = [(title, plain(metrics[name]["value"]), _plain_bounds(metrics[name])) for name, title in shown]
+        figures = [
+            (title, plain(metrics[name]["value"]), _between(_plain_bounds(metrics[name]))) for name, title in shown
+        ]
         if "coverage" in metrics:
             width = f", predicted \N{PLUS-MINUS SIGN} {plain(metrics.get('half_width'))}"
             figures.append(
                 (
                     "True numbers in the interval",
                     percent(metrics["coverage"]["value"]),
-                    f"{_bounds_of(metrics['coverage'])}{width}",
+                    f"{_between(_bounds_of(metrics['coverage']))}{width}",
                 )
             )
     figures.append(("Trained and calibrated on", count(bundle.get("seen")), "different images"))
     return Section("answer", "Answer", [Prose((sentence,)), Figures(tuple(figures))])
+
+
+def _between(bounds: str) -> str:
+    """What stands below a value: which interval its bounds are of."""
+    return bounds and f"95\u00a0% interval {bounds}"
 
 
 def _said(found: Document) -> str:
@@ -237,7 +245,7 @@ def worst(metrics: Document, images: Mapping[str, str]) -> list[Block]:
     shown = found.get("most_confident") or []
     total = found.get("count")
     words = f"The {len(shown)} most confident of {count(total)} mistakes." if finite(total) else ""
-    words += " Some may be errors of the labels rather than of the head."
+    words += " Some may be errors of the labels rather than of the head. Per cent are the head's probability of what it answered."
     if metrics.get("calibrated") is False:
         words += " Probabilities are the head's own, not calibrated: they rank the mistakes, and say no more."
     gallery = Gallery(tuple(_picture(mistake, images) for mistake in shown))
@@ -433,7 +441,7 @@ def feature_map(projection: Projection, images: Mapping[str, str], column: str, 
     panels.reverse()  # t-SNE first: it shows groups better
     return Exhibit(
         f"Map of the features at {column}",
-        _summary(projection, names),
+        _summary(projection),
         tuple(panels),
         tuple(Key(name, styles[code], row=code) for code, name in enumerate(names)),
         chosen=True,
@@ -484,13 +492,17 @@ def _plot(paint: Paint, source: ColumnDataSource, shown: BooleanFilter, method: 
     return plot
 
 
-def _summary(projection: Projection, names: list[str]) -> str:
+def _summary(projection: Projection) -> str:
     drawn, total = len(projection.ids), projection.total
     which = (
         f"All {count(drawn)} images" if drawn == total else f"{count(drawn)} of {count(total)} images, drawn at random"
     )
+    every = len(set(projection.labels))
+    classes = (
+        f"The {_CLASSES} most frequent of {count(every)} classes" if every > _CLASSES else f"{count(every)} classes"
+    )
     return (
-        f"{which}, placed so that images with similar features are near each other. {len(names)} classes are told apart by "
-        "colour and marker. "
+        f"{which}, placed so that images with similar features are near each other. {classes} are told "
+        "apart by colour and marker. "
         f"The two principal components hold {percent(projection.kept)} of the variance."
     )

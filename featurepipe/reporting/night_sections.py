@@ -173,7 +173,9 @@ def _answer(document: Document, nights: Sequence[Night]) -> list[Block | None]:
         Steps("What to do now", tuple(document.get("next_steps") or (_ALL_WELL,))),
         Prose(tuple(night.get("reasons") or ())) if night.get("reasons") else None,
         Prose(tuple(f"Warning: {text}." for text in night["warnings"])) if night.get("warnings") else None,
-        Prose((f"Also in this store: {', '.join(document['others'])}.",)) if document.get("others") else None,
+        Prose((f"This store has runs of {', '.join(document['others'])} as well; --job NAME shows them.",))
+        if document.get("others")
+        else None,
     ]
 
 

@@ -111,7 +111,7 @@ def _own_sections(document: Document, paint: Paint) -> list[Section]:
 
 def image_sections(document: Document, pictures: Images, queries: Images) -> list[Section]:
     """Groups of images, such as a query and its nearest, each a gallery under its own heading."""
-    found = [Section("answer", "What was asked", (Prose(tuple(document["paragraphs"])),))]
+    found = [Section("answer", "What is shown", (Prose(tuple(document["paragraphs"])),))]
     for number, group in enumerate(document["groups"]):
         shown = [
             Picture(
@@ -280,7 +280,7 @@ def on_a_line(value: Any) -> str:
     """
     if not is_record(value) or any(isinstance(one, Mapping | list | tuple) for one in value.values()):
         return ""
-    line = ", ".join(f"{name} {spoken_value(one)}" for name, one in value.items())
+    line = spoken_value(value)
     return line if len(line) <= _LINE else ""
 
 
@@ -299,20 +299,39 @@ def with_options(text: str) -> Markup:
     return Markup(_OPTION.sub(r'<span class="option">\g<0></span>', str(escape(text))))  # noqa: S704  escaped just there
 
 
+def breakable(name: str) -> Markup:
+    """A name whose lines may end behind each ``/`` and ``_``.
+
+    Example:
+        >>> print(breakable("a/b_<c>.png"))
+        a/<wbr>b_<wbr>&lt;c&gt;.png
+    """
+    return Markup(re.sub(r"[/_]", r"\g<0><wbr>", str(escape(name))))  # noqa: S704  escaped just there
+
+
 def spoken_value(value: Any) -> str:
-    """A plain value or a list of them on one line; what is missing is a dash."""
+    """A value on one line, a list or a mapping of values as well; what is missing is a dash.
+
+    Example:
+        >>> spoken_value([[{"id": "a.png", "split": "test"}, {"id": "b.png", "split": None}]])
+        'id a.png, split test; id b.png, split –'
+    """
     if isinstance(value, list | tuple):
-        return ", ".join(spoken_value(one) for one in value) or DASH
+        apart = "; " if any(isinstance(one, Mapping | list | tuple) for one in value) else ", "
+        return apart.join(spoken_value(one) for one in value) or DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return DASH if finite(value) is None else f"{value:.6g}"
     if value is None or value in ("", {}):
         return DASH
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {spoken_value(one)}" for name, one in value.items())
     return str(value)
 
 
 FUNCTIONS = {
+    "breakable": breakable,
     "is_record": is_record,
     "is_records": is_records,
     "marker_path": marker_path,

@@ -437,7 +437,7 @@ def recorded(tmp_path) -> Callable[[list[dict[str, Any]]], FeatureStore]:
     return write
 
 
-VOID = {"meta", "link", "img", "br", "hr", "input", "path"}
+VOID = {"meta", "link", "img", "br", "wbr", "hr", "input", "path"}
 
 
 class Page(HTMLParser):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -335,6 +336,25 @@ def test_a_finger_sees_the_image_as_well(browser, page):
         tip = find_tip(browser, plot, browser.tap)
         assert tip["left"] >= 0, plot
         assert tip["right"] <= 360, plot
+
+
+def test_a_phone_scrolls_a_confusion_matrix_of_many_classes_and_paper_has_it_large(browser, bundle_document, tmp_path):
+    """So that the names of its columns stay apart."""
+    names = [f"animals and nature {k}" for k in range(36)]
+    counts = np.full((36, 36), 2) + 50 * np.eye(36, dtype=int)
+    bundle_document["evaluation"]["metrics"]["confusion"] = {"classes": names, "counts": counts.tolist()}
+    dense = write_report(bundle_document, tmp_path / "page.html", silent=True)
+    browser.open(dense, width=390, height=844, touch=True)
+    plot = "document.querySelector('.dense .plot')"
+    assert browser.run("document.documentElement.scrollWidth") == 390
+    assert browser.run(f"{plot}.clientWidth") < 390
+    assert browser.run(f"{plot}.scrollWidth") == 180 + 30 * 13
+    browser.open(dense)
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    height = browser.run("document.querySelector('.dense .paper > svg').getBoundingClientRect().height")
+    browser.send("Emulation.setEmulatedMedia", media="")
+    assert 500 < height <= 511  # 13.5 cm
 
 
 def test_a_score_says_which_node_it_is_of(browser, page):

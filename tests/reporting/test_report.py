@@ -445,7 +445,16 @@ def test_many_classes_share_the_legend(document, tmp_path, parsed):
     keys = [a for a in parsed(html).all("button") if a.get("data-row") is not None]
     assert len(keys) == 25
     assert "other classes" in html
+    assert "The 24 most frequent of 300 classes are told apart by colour and marker." in html
     assert "Shown are the 30 of 300 classes with the most mistakes; left out: " in html
+    assert "The stronger a cell&#39;s colour, the larger its share of the images of its true class" in html
+    assert "Numbers are per cent of the images of a true class" not in html  # there is no room for them
+    assert 'class="panel dense"' in html
+    assert "Classes most often mistaken for one another" in html  # all of them
+    counts[8, 9] = 1
+    metrics["confusion"]["counts"] = counts.tolist()
+    fewer = page_of(document, tmp_path)
+    assert "Classes most often mistaken for one another, the first 1 of 2 pairs" in fewer
     assert len(html) < 4_500_000
 
 
@@ -466,6 +475,36 @@ def test_few_nodes_are_named_in_two_lines_and_rejects_by_their_kind(document, tm
     shown = html.split('<section id="rejects"', 1)[1].split("</section>", 1)[0]
     spans = re.findall(r"<span[^>]*>(.*?)</span>", shown)
     assert spans == ["not-an-image", "starts with GIF9; known are: JPEG", "a.png", "empty", "b"]
+
+
+def test_what_was_asked_for_as_the_bottleneck_is_called_so_wherever_it_stands(document, tmp_path, parsed):
+    """In sentences, tables, keys, on axes and in tooltips; not where a class has its name."""
+    own, shown = "bottleneck:gap", "bottleneck (flatten:gap)"
+    document = json.loads(json.dumps(document).replace(own, "flatten:gap"))
+    document["backbone"]["description"] = {"bottleneck": "flatten"}
+    document["recommended"]["not_told_apart"] = ["flatten:gap", "blocks.4:avg5x5"]
+    document["details"]["metrics"]["per_class"][0]["class"] = "flatten:gap"
+    html = page_of(document, tmp_path)
+    page = parsed(html)
+    assert f": {shown}, blocks.4:avg5x5." in html
+    assert f"On emoji-outlined at most 77.5\u00a0%, logistic at {shown}." in html
+    firsts = [row[0] for row in page.cells]
+    assert firsts.count("flatten:gap") == 1  # the class
+    assert firsts.count(shown) > 10
+    assert any(shown in row[1:] for row in page.cells)  # the header of the table of similarities
+    axis = html.split('"major_label_overrides":{"type":"map","entries":[', 1)[1].split("]]", 1)[0]
+    assert re.findall(r'"text":"([^"]+)"', axis)[-1].replace("\\\\n", " ").replace("\\n", " ") == shown
+
+
+def test_a_bundles_figures_say_of_what_their_bounds_are(bundle_document, tmp_path, parsed):
+    page = parsed(page_of(bundle_document, tmp_path))
+    values = [text.replace("\u00a0", " ") for text in page.texts["dd"]]
+    assert "91.4 % 95 % interval 91.0 to 91.8 %" in values
+    bundle_document["evaluation"]["leakage"]["across_splits"]["examples"] = [
+        [{"id": "a.png", "split": "test"}, {"id": "b.png", "split": "train"}]
+    ]
+    html = page_of(bundle_document, tmp_path)
+    assert "id a.png, split test; id b.png, split train" in html
 
 
 def test_a_confusion_matrix_of_short_names_has_them_level(document, tmp_path):
