@@ -358,21 +358,27 @@ def _listed(features: FeatureSet, chosen: NextImages) -> list[dict[str, Any]]:
 
 def _document(features: FeatureSet, chosen: NextImages, labelled: int, options: SelectOptions) -> dict[str, Any]:
     images = [
-        {"id": one["id"], "lines": [f"{place}", *([] if one["group"] is None else [f"group {one['group']}"])]}
+        {"id": one["id"], "lines": [f"rank {place}", *([] if one["group"] is None else [f"group {one['group']}"])]}
         for place, one in enumerate(_listed(features, chosen)[:_SHOWN], 1)
     ]
     count = len(chosen.rows)
-    how = (
-        "the most typical image of each group of look-alikes" if options.method == TYPICAL else "those that cover most"
-    )
+    is_typical = options.method == TYPICAL
     paragraphs = [
-        f"{counted(count, 'image')} of {features.origin.dataset}, {how} by {features.named_column}, in the order in which they "
-        f"were chosen; {counted(labelled, 'image')} had a label before."
+        f"{counted(count, 'image')} of {features.origin.dataset} to label next, in the order in which they were chosen by the "
+        f"features at {features.named_column}; {counted(labelled, 'image')} had a label before.",
+        f"{_TYPICAL if is_typical else _COVERING} (method {options.method}).",
     ]
     if count > len(images):
         paragraphs.append(f"The first {len(images)} are shown; a .csv file has all.")
     groups = [{"title": "To label next", "images": images}]
     return {"kind": "images", "version": 1, "title": "Images to label next", "paragraphs": paragraphs, "groups": groups}
+
+
+_TYPICAL = (
+    "Each is the image nearest to its look-alikes in a group that k-means found; groups with the fewest labels come first, the "
+    "largest before others"
+)
+_COVERING = "Each is the image that is farthest from all that were labelled or chosen before it"
 
 
 def select_text(found: Mapping[str, Any]) -> str:

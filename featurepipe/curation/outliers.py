@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.curation.options import CLASS, COSINE, ON_A_PAGE, OutliersOptions
-from featurepipe.curation.question import Question, column_text, files_text, more_text
+from featurepipe.curation.question import DISTANCES, Question, column_text, files_text, more_text
 from featurepipe.display import counted, table
 from featurepipe.errors import UsageError
 from featurepipe.execution.local import features_at
@@ -507,8 +507,8 @@ def _document(features: FeatureSet, values: Blocks, found: Outliers, options: Ou
     groups = []
     for place, row in enumerate(rows):
         kind = "outlier" if found.far[place] else "no outlier"
-        far = f"{found.score[place]:.3g} times as far as usual"
-        lines = [*_label(labels[row]), far, f"{kind}: {found.above[place]:.2g} spreads above"]
+        far = f"{found.score[place]:.3g} times as far as usual (distance {found.distance[place]:.3g})"
+        lines = [*_label(labels[row]), far, f"{kind}: {found.above[place]:.2g} IQR above"]
         shown = [{"id": ids[row], "lines": lines}]
         for other, apart in zip(near.positions[place], near.apart[place], strict=True):
             if other >= 0:
@@ -516,11 +516,13 @@ def _document(features: FeatureSet, values: Blocks, found: Outliers, options: Ou
         marked = ": outlier" if found.far[place] else ""
         groups.append({"title": f"{place + 1}. {ids[row]}{marked}", "images": shown})
     of = "their class" if options.by == CLASS else "all others"
+    of_any = " of any class" if options.by == CLASS else ""
     how_many = counted(int(found.far.sum()), "outlier")
     paragraphs = [
         f"{how_many} of {counted(len(found.rows), 'image')} of {features.origin.dataset}. Shown are those farthest from {of} by "
-        f"{features.named_column}, by the distance to neighbour {options.neighbours}, each followed by the images nearest to it.",
-        _rule(options.by),
+        f"the features at {features.named_column}, by the distance to neighbour {options.neighbours} (1 is the nearest).",
+        f"{_rule(options.by)} What is usual is the median.",
+        f"Each image is followed by the {_NEIGHBOURS} nearest to it{of_any}. {DISTANCES[options.distance]}",
     ]
     if options.since is not None:
         paragraphs.append(
@@ -535,8 +537,8 @@ def _rule(by: str) -> str:
     """Which images are outliers, in a sentence."""
     of = "its class" if by == CLASS else "all"
     return (
-        f"An outlier lies more than {FENCE} spreads above the usual distances of {of}. A spread is the range of their middle "
-        "half, in logarithms; it is counted from its upper end, and images are ranked by it."
+        f"An outlier lies more than {FENCE} IQR above the third quartile of the distances of {of}, in logarithms (Tukey's fence; "
+        "IQR is the interquartile range). Images are ranked by how many IQR they lie above it."
     )
 
 
@@ -566,7 +568,7 @@ def outliers_text(found: Mapping[str, Any]) -> str:
         ]
         for one in found["outliers"]
     ]
-    lines += ["", table(["id", "label", "distance", "times the usual", "spreads above", "outlier"], rows)]
+    lines += ["", table(["id", "label", "distance", "times the usual", "IQR above", "outlier"], rows)]
     if found["images"] > found["count"]:
         lines.append(_rule(found["by"]))
     lines += more_text(found["images"] - len(rows), found["files"], has_limit=True)

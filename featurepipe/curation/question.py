@@ -154,6 +154,13 @@ def more_text(left: int, files: Sequence[str], why: str = "", *, has_limit: bool
     return [f"... {left:,} more; {listed}write all of them{f', {why}' if why else ''}: --to FILE.csv{page}"]
 
 
+DISTANCES = {
+    "cosine": "Distances are cosine distances: 0 is the same direction of two images' features, 1 is unrelated.",
+    "euclidean": "Distances are Euclidean distances between two images' features.",
+}
+"""What the distances on a page are, in a sentence."""
+
+
 def column_text(found: Mapping[str, Any]) -> str:
     """The column of an answer, as people know it."""
     return named_columns(found["column"].split("+"), found.get("bottleneck"))

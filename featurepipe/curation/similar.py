@@ -13,7 +13,7 @@ import pyarrow as pa
 from featurepipe.curation.index import ImageSearch, chosen_search
 from featurepipe.curation.options import COSINE, SimilarOptions
 from featurepipe.curation.queries import Queries, of_ids, queries_of
-from featurepipe.curation.question import Question, column_text, files_text, more_text
+from featurepipe.curation.question import DISTANCES, Question, column_text, files_text, more_text
 from featurepipe.display import counted, first_names, table
 from featurepipe.errors import StoreMoved, UsageError
 from featurepipe.execution.local import features_at
@@ -147,7 +147,7 @@ def similar(
     ]
     warnings += question.written(
         lambda: answer,
-        lambda: _document(answer, features, asked),
+        lambda: _document(answer, features, asked, options),
         queries=asked.payloads.get if asked.payloads else query_dataset,
     )
     return question.told(
@@ -329,12 +329,13 @@ def _asked_for(ids: Sequence[str]) -> str:
     return ids[0] if len(ids) == 1 else f"each of {counted(len(ids), 'image')}"
 
 
-def _document(answer: pa.Table, features: FeatureSet, asked: Queries) -> dict[str, Any]:
+def _document(answer: pa.Table, features: FeatureSet, asked: Queries, options: SimilarOptions) -> dict[str, Any]:
     """What the page shows; see `featurepipe.reporting.report.write_report`."""
     shown = asked.ids[:ON_PAGE]
     paragraphs = [
-        f"The images of {features.origin.dataset} nearest to {_asked_for(asked.ids)} by "
-        f"{features.named_column}, of {len(features):,}."
+        f"Of {counted(len(features), 'image')} of {features.origin.dataset} the {counted(options.top, 'image')} nearest to "
+        f"{_asked_for(asked.ids)}, by the features at {features.named_column}, the nearest first.",
+        DISTANCES[options.distance],
     ]
     if len(asked.ids) > len(shown):
         paragraphs.append(f"The first {len(shown)} are shown; a .csv or .parquet file has all.")
@@ -353,7 +354,8 @@ def _document(answer: pa.Table, features: FeatureSet, asked: Queries) -> dict[st
 
 
 def _lines(row: Mapping[str, Any]) -> list[str]:
-    return [f"distance {row['distance']:.4g}", *(str(row[name]) for name in ("label", "split") if row[name])]
+    split = [f"split {row['split']}"] if row["split"] else []
+    return [f"distance {row['distance']:.3g}", *([str(row["label"])] if row["label"] else []), *split]
 
 
 def similar_text(found: Mapping[str, Any]) -> str:

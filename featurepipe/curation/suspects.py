@@ -15,7 +15,7 @@ import pyarrow as pa
 from sklearn.pipeline import Pipeline
 
 from featurepipe.curation.options import ON_A_PAGE, CheckLabelsOptions
-from featurepipe.curation.question import Question, column_text, files_text, more_text
+from featurepipe.curation.question import DISTANCES, Question, column_text, files_text, more_text
 from featurepipe.display import counted, table
 from featurepipe.errors import UsageError, pip_install
 from featurepipe.execution.local import features_at
@@ -539,11 +539,20 @@ def _document(features: FeatureSet, values: Blocks, suspects: Suspects, limit: i
         groups.append({"title": f"{place + 1}. {ids[row]}", "images": images})
     several = f"{counted(len(suspects.rows), 'label')} of {counted(len(features), 'image')}"
     counts = f"{several} of {features.origin.dataset} look wrong"
-    paragraphs = [f"{counts}, judged by heads on {features.named_column} that had not learned from them."]
-    paragraphs.append("Each is followed by the images nearest to it. Some may be right, and the image unusual.")
+    is_number = features.targets is not None and not features.target_names
+    kind, score = ("a ridge regression", _FAR_OFF) if is_number else ("a logistic regression", _IMPROBABLE)
+    paragraphs = [
+        f"{counts}: each image was judged by {kind} on the features at {features.named_column} that was fitted without it.",
+        f"{score} Some labels may be right, and the image unusual.",
+        f"Each image is followed by the {_NEIGHBOURS} nearest to it, with their labels. {DISTANCES['cosine']}",
+    ]
     if len(rows) < len(suspects.rows):
         paragraphs.append(f"The first {len(rows)} are shown, the most suspect first; a .csv file has all.")
     return {"kind": "images", "version": 1, "title": "Suspect labels", "paragraphs": paragraphs, "groups": groups}
+
+
+_IMPROBABLE = "The score is the probability that was given to the label as it is: the lower, the more suspect."
+_FAR_OFF = f"The score is the modified z-score of the residual, above {FAR}: the higher, the more suspect."
 
 
 def _shown_labels(features: FeatureSet) -> list[str]:

@@ -18,6 +18,7 @@ from featurepipe.features.reading import opened
 from featurepipe.images import key_of
 from featurepipe.images.files import REFUSED, is_url
 from featurepipe.images.source import OnlyUnder
+from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
 from featurepipe.records import host, now, versions
 from featurepipe.reporting.blocks import metrics_elsewhere
@@ -206,7 +207,10 @@ def image_page(
     read = look.pictures(dataset, snapshot, source, Option("source"))
     if isinstance(queries, str):
         queries = look.pictures(queries, store.snapshot_ids(queries)[-1], None, Option("source"))
-    origin = {"when": now(), "software": versions(), "machine": host(), "store": str(store.path), "snapshot": snapshot}
+    origin = {
+        "when": now(), "software": versions(), "machine": host(), "store": str(store.path), "snapshot": snapshot,
+        "options": as_asked(options),
+    }  # fmt: skip
     shown = {**document, "provenance": origin}
     page = write_report(shown, target, images=read, elsewhere=queries, silent=silent)
     look.tell_refused()

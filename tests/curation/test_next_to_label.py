@@ -81,7 +81,10 @@ def test_the_file_is_filled_in_and_handed_back(groups, tmp_path, cli):
     train(groups.store, out=tmp_path / "bundle", labels=tmp_path / "filled.csv", silent=True)
     next_ones = select(groups.store, budget=3, labels=tmp_path / "filled.csv", to=tmp_path / "page.html", silent=True)
     assert next_ones["labelled"] == len(text.splitlines()) - 1
-    assert "3 images of pile" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "3 images of pile" in page
+    assert ">rank 1</span>" in page
+    assert "groups with the fewest labels come first" in page
     assert "3 images to label next" in select_text(next_ones)
     select(groups.store, budget=3, labels=tmp_path / "filled.csv", to=tmp_path / "more.csv", silent=True)
     more = list(csv.DictReader((tmp_path / "more.csv").read_text().splitlines()))

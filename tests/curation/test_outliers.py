@@ -133,6 +133,8 @@ def test_an_image_far_in_a_narrow_class_comes_before_the_usual_of_a_wide_one(pil
     page = files[0].read_text()
     assert "1. 40.png: outlier" in page
     assert page.count("times as far as usual") == 2
+    assert page.count(" IQR above</span>") == 2
+    assert "An outlier lies more than 1.5 IQR above the third quartile of the distances of its class" in page
     assert "The first 2 are shown" in page
 
 

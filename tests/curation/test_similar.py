@@ -148,6 +148,8 @@ def test_files_hold_every_pair_and_the_page_has_pictures(stripes, kept, tmp_path
     assert page.count('<img src="data:image/') == 4  # the query and three look-alikes
     assert "distance" in page
     assert "asked for" in page
+    assert "Distances are cosine distances: 0 is the same direction" in page
+    assert "the 3 images nearest to" in page
 
 
 def test_mistakes_are_named(stripes, kept, pile, tmp_path):

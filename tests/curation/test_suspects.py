@@ -141,6 +141,8 @@ def test_the_page_shows_suspects_with_their_neighbours(blobs, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page.count("perhaps: ") == 2
     assert "labels of 121 images of pile look wrong" in page
+    assert "The score is the probability that was given to the label as it is: the lower, the more suspect." in page
+    assert "Distances are cosine distances" in page
     assert "The first 2 are shown" in page
 
 
