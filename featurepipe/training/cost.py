@@ -20,6 +20,8 @@ LEAST_ROWS = 1024
 """Rows for whose values there must be memory: blocks smaller than that are all overhead."""
 
 PILOT_ROWS = (1000, 3000)
+WHOLE_ROWS = 4000
+"""Rows up to which a fit of a search, one of many, is made as it is to know how long they take: small ones tell little of it."""
 LONG_PILOT = 15.0  # seconds of the smaller fit after which no larger one is made
 """Rows of the small fits from which time is extrapolated."""
 WARM = 1.5
@@ -39,6 +41,7 @@ class Cost:
         solver: ``scikit-learn`` (or ``xgboost``) for their own estimators in memory, ``blocks`` for ours.
         seconds: about how long all fits will take; None where no pilot was run.
         fits: how many fits that is.
+        search_seconds: of these, the fits of a search; None where there is none, or it is not estimated.
         cluster: the cluster over whose workers the rows are spread; None where the fit runs here.
     """
 
@@ -51,6 +54,7 @@ class Cost:
     seconds: float | None = None
     fits: int = 1
     cluster: str | None = None
+    search_seconds: float | None = None
 
     @property
     def text(self) -> str:
@@ -152,7 +156,7 @@ def available_memory() -> int:
     return free
 
 
-def time_of(fit: Callable[[int], object], rows: int, *, steepest: float) -> float:
+def time_of(fit: Callable[[int], object], rows: int, *, steepest: float, whole: int = 0) -> float:
     """Extrapolates the seconds of a fit from two small ones.
 
     A fit that passes over the data grows by a straight line, a kernel's by a power of the number of rows, which in small fits is
@@ -163,7 +167,11 @@ def time_of(fit: Callable[[int], object], rows: int, *, steepest: float) -> floa
         fit: fits on so many rows.
         rows: what to extrapolate to.
         steepest: the largest exponent that the family can have: 1 for passes, 2 for kernels.
+        whole: rows up to which the fit itself is timed instead, after a small one.
     """
+    if rows <= whole:
+        fit(max(rows // 8, 1))  # what is done once: imports, opening, warming up
+        return _seconds_of(fit, rows)
     small, large = (max(min(count, rows // divisor), 1) for count, divisor in zip(PILOT_ROWS, (8, 4), strict=True))
     first = _seconds_of(fit, small)
     if first > LONG_PILOT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,12 +25,12 @@ from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
-from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
+from featurepipe.training.cost import WHOLE_ROWS, Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import INTERVAL_LEVEL, fit
 from featurepipe.training.options import SELECT_AUTO, SHARES, TrainOptions
 from featurepipe.training.splits import CROSSED_FOLDS, Division, class_counts, divide, quantile_bins, rarest_labels
 from featurepipe.training.task import Recipe, Task
-from featurepipe.training.tuning import grid_size, steps_of
+from featurepipe.training.tuning import grid_size, one_fit, steps_of
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
@@ -160,8 +161,8 @@ def timed(task: Task, recipe: Recipe, options: TrainOptions, say: Callable[[str]
         say(f"values are selected first: the time is not estimated; {task.cost.text}")
         return task
     if task.cost.cluster is None:
-        say("estimating the time from small fits")
-        task = replace(task, cost=_timed(task, recipe, fits=fits, tries=tries))
+        say("estimating the time from a few fits")
+        task = replace(task, cost=_timed(task, recipe, fits=fits, tries=tries, jobs=options.jobs))
     else:
         task = replace(task, cost=replace(task.cost, fits=fits + tries))
     say(task.cost.text)
@@ -351,7 +352,7 @@ def _check_numbers(numbers: npt.NDArray[np.float64], division: Division, column:
         )
 
 
-def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int) -> Cost:
+def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int, jobs: int) -> Cost:
     """The cost with an estimate of the time of all fits."""
     cost = task.cost
     order = np.random.default_rng(task.seed).permutation(task.division.final)
@@ -363,14 +364,20 @@ def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int) -> Cost:
 
     one = partial(time_of, pilot, steepest=recipe.family.time_exponent)
     try:
-        each = one(cost.rows)
-        searched = min(cost.rows, recipe.family.search_rows or cost.rows)
-        seconds = each * fits
-        if tries:
-            seconds += tries * (each if searched == cost.rows else one(searched))
+        found = one_fit(task, recipe) if tries else None
+        if found is not None:
+            tried, rows = found
+            each = time_of(tried, rows, steepest=recipe.family.time_exponent, whole=WHOLE_ROWS)
+            alike = cost.rows <= 2 * rows  # then the last fits are as those of the search
+            last = each * (cost.rows / rows) ** recipe.family.time_exponent if alike else one(cost.rows)
+            searched = tries * each / min(jobs, os.cpu_count() or 1)
+        else:
+            last = one(cost.rows)
+            most = min(cost.rows, recipe.family.search_rows or cost.rows)
+            searched = tries * (last if most == cost.rows else one(most)) if tries else 0.0
     except UsageError:  # the parameters ask for more rows than a sample has, or are wrong: the fit itself will tell
         return replace(cost, fits=fits + tries)
-    return replace(cost, seconds=seconds, fits=fits + tries)
+    return replace(cost, seconds=last * fits + searched, fits=fits + tries, search_seconds=searched if tries else None)
 
 
 def _one_per_class(task: Task) -> npt.NDArray[np.int64]:

@@ -122,6 +122,8 @@ def _of_status(path: Path, name: str) -> int:
 
 OVERRUN_SECONDS = 10.0
 """By how much a measurement takes longer than expected where that is told."""
+PRIOR_SECONDS = 10.0
+"""Of trials as long as estimated, beside which those of other sizes and routes are weighed."""
 OVER_BUDGET = "the budget would not have sufficed"
 
 
@@ -154,7 +156,8 @@ class TrialTimes:
 
     The correction is the time of the trials that are nearest over what was estimated for them: of the same route and size, else
     of the route, else, but only where they took longer, of the routes that are estimated alike (heads on frozen features; tuned
-    layers): that these were quick on few images says little of others.
+    layers). Trials of few seconds say little of larger ones: to those of other sizes and routes `PRIOR_SECONDS` are added that
+    were right.
 
     Args:
         context: of the trials.
@@ -174,15 +177,17 @@ class TrialTimes:
         self._known.append(_Took(trial.route, trial.size, self.estimate(trial), seconds))
 
     def _correction(self, trial: RouteTrial) -> float:
-        def ratio(some: Sequence[_Took]) -> float:
-            return sum(one.seconds for one in some) / sum(one.estimate for one in some)
+        def ratio(some: Sequence[_Took], prior: float) -> float:
+            return (sum(one.seconds for one in some) + prior) / (sum(one.estimate for one in some) + prior)
 
         route = trial.route
         own = [one for one in self._known if one.route.name == route.name]
+        if same := [one for one in own if one.size == trial.size]:
+            return ratio(same, 0.0)
         if own:
-            return ratio([one for one in own if one.size == trial.size] or own)
+            return ratio(own, PRIOR_SECONDS)
         alike = [one for one in self._known if _estimated_as(one.route) == _estimated_as(route)]
-        return max(ratio(alike), 1.0) if alike else 1.0
+        return max(ratio(alike, PRIOR_SECONDS), 1.0)
 
     def estimate(self, trial: RouteTrial) -> float:
         """As far as it is known before any trial."""
@@ -276,7 +281,7 @@ def measure_routes(
         progress.advance(done)
     try:
         executor.check(context.every.store.path)
-        queue.tell(queue.beyond(), "do not fit")
+        queue.tell(queue.beyond(), "")
         with _ends_at_once(executor) as stop:
             mapped = executor.map(
                 measure_trial, queue.in_order(), context=context, stop=stop, report=partial(progress.advance, 0),
@@ -328,7 +333,7 @@ class _Queue:
             seconds = self._outlook.seconds(trial)
             if (1 + under_way) * seconds > self._end - time.monotonic():
                 self.untried.append(Untried(trial, seconds))
-                self.tell([trial], "no longer fit")
+                self.tell([trial], " now")
                 continue
             under_way = 0.0 if self._executor.is_local else 1.0
             self._progress.advance(0, str(trial))
@@ -339,7 +344,7 @@ class _Queue:
         if over := overrun_text(trial, seconds, self._outlook.seconds(trial)):
             self._progress.say(over)
         self._outlook.learn(trial, seconds)
-        self.tell(self.beyond(), "no longer fit")
+        self.tell(self.beyond(), " now")
 
     def beyond(self) -> list[RouteTrial]:
         """The trials that there is no time for, if those that tell most for their time are measured first."""
@@ -352,12 +357,12 @@ class _Queue:
                 left -= seconds
         return lost
 
-    def tell(self, lost: Sequence[RouteTrial], what: str) -> None:
+    def tell(self, lost: Sequence[RouteTrial], since: str) -> None:
         """Says which trials the budget is too short for, each once."""
         if new := Counter(trial.route.name for trial in lost if trial.key not in self._told):
             self._told.update(trial.key for trial in lost)
             some = ", ".join(f"{name} ({count})" for name, count in new.items())
-            self._progress.say(f"{counted(sum(new.values()), 'measurement')} {what} in the budget: {some}")
+            self._progress.say(f"{counted(sum(new.values()), 'measurement')} beyond the budget{since}: {some}")
 
     def _sorted(self) -> list[RouteTrial]:
         return sorted(self.waiting, key=lambda one: _urgency(self._context, one, self._outlook.seconds(one)))

@@ -352,20 +352,22 @@ def test_an_overrun_counts_for_routes_of_its_kind(settled: Any, outlook: measure
         return {name: round(outlook.seconds(trial), 3) for name, trial in each.items()}
 
     before = seconds()
-    outlook.learn(each["bottleneck", 5], 0.5)  # half of what was expected: says nothing of other routes
+    outlook.learn(
+        each["bottleneck", 5], 0.5
+    )  # half of what was expected: says little of larger ones, nothing of other routes
     found = seconds()
-    assert found == {**before, ("bottleneck", 5): 0.5, ("bottleneck", "all"): 5.0}
-    outlook.learn(each["bottleneck", "all"], 43.5)  # with the other 44 s, where 11 were expected
+    assert found == {**before, ("bottleneck", 5): 0.5, ("bottleneck", "all"): round(10 * 10.5 / 11, 3)}
+    outlook.learn(each["bottleneck", "all"], 73.5)  # 10 s were expected; in all (74 + 10) / (11 + 10) times as long
     found = seconds()
-    assert (found["bottleneck", 5], found["bottleneck", "all"]) == (0.5, 43.5)
+    assert (found["bottleneck", 5], found["bottleneck", "all"]) == (0.5, 73.5)
     assert (found["node", 5], found["node", "all"], found["layers", "all"]) == (8.0, 80.0, 160.0)
     assert {name: found[name] for name in found if name[0] in ("tail", "scratch")} == {
         name: before[name] for name in before if name[0] in ("tail", "scratch")
     }
     outlook.learn(each["layers", 5], 2.0)  # which is known now by itself
-    assert (seconds()["layers", "all"], seconds()["node", "all"]) == (20.0, round(20 * 46 / 15, 3))
+    assert (seconds()["layers", "all"], seconds()["node", "all"]) == (round(40 * 12 / 14, 3), round(20 * 86 / 25, 3))
     outlook.learn(each["tail", "all"], 180.0)
-    assert seconds()["scratch", "all"] == 300.0
+    assert seconds()["scratch", "all"] == round(100 * 190 / 70, 3)
 
 
 def test_what_no_longer_fits_in_the_budget_is_said_once(
@@ -396,13 +398,15 @@ def test_what_no_longer_fits_in_the_budget_is_said_once(
         progress=Told(),
     )  # fmt: skip
     assert said == [
-        "2 measurements do not fit in the budget: scratch (2)",
+        "2 measurements beyond the budget: scratch (2)",
         f"{chosen[0]} took 1:00 min, where 10 s were expected; others of its kind are expected to, too",
-        "4 measurements no longer fit in the budget: node (2), layers (2)",
+        # Of other heads (60 + 10) / (10 + 10) times as much is expected: 70 s of node, 140 s of layers.
+        "4 measurements beyond the budget now: tail from s2 (1), node (1), layers (2)",
+        "1 measurement beyond the budget now: bottleneck (1)",  # since node took no longer than estimated
     ]
-    assert now[0] == 60 + 60 + 60 + 60  # both draws of bottleneck and of tail
+    assert now[0] == 60 + 60 + 2 * 20 + 2 * 40  # bottleneck, tail, node, layers
     lost = Counter(one.trial.route.kind for one in untried)
-    assert lost == {"node": 2, "layers": 2, "scratch": 2}
+    assert lost == {"bottleneck": 1, "tail": 1, "scratch": 2}
     assert at[:3] == [
         (0, "bottleneck, all images of each class, draw 1"),
         (0, "bottleneck, all images of each class, draw 1: a head"),
