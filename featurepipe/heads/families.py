@@ -44,7 +44,8 @@ class HeadFamily:
         out_of_core: It learns in memory that does not grow with the rows.
         scaled: Features are standardised before it unless ``scale=False``.
         search_rows: Rows that a search uses at most, where its cost grows faster than the data; the parameters carry over.
-        time_exponent: The power of the number of rows that the time of a fit grows with at most.
+        time_exponent: The power of the number of rows that the time of a fit, or of prediction where that takes the time, grows
+            with at most.
     """
 
     name: str
@@ -157,6 +158,7 @@ _MULTICLASS = (
         probabilities=True,
         out_of_core=False,
         search_rows=20_000,
+        time_exponent=2.0,
     ),
     HeadFamily(
         "centroid",
@@ -220,6 +222,7 @@ _CONTINUOUS = (
         weights=False,
         out_of_core=False,
         search_rows=20_000,
+        time_exponent=2.0,
     ),
 )
 _MULTILABEL = (
@@ -273,6 +276,7 @@ _MULTILABEL = (
         probabilities=True,
         out_of_core=False,
         search_rows=20_000,
+        time_exponent=2.0,
     ),
 )
 _ORDINAL = (

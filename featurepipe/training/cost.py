@@ -21,7 +21,7 @@ LEAST_ROWS = 1024
 
 PILOT_ROWS = (1000, 3000)
 WHOLE_ROWS = 4000
-"""Rows up to which a fit of a search, one of many, is made as it is to know how long they take: small ones tell little of it."""
+"""Rows up to which one fit of a search is made as it is to know how long all take: small ones tell little of it."""
 LONG_PILOT = 15.0  # seconds of the smaller fit after which no larger one is made
 """Rows of the small fits from which time is extrapolated."""
 WARM = 1.5
@@ -156,7 +156,7 @@ def available_memory() -> int:
     return free
 
 
-def time_of(fit: Callable[[int], object], rows: int, *, steepest: float, whole: int = 0) -> float:
+def time_of(fit: Callable[[int], object], rows: int, *, steepest: float, whole: bool = False) -> float:
     """Extrapolates the seconds of a fit from two small ones.
 
     A fit that passes over the data grows by a straight line, a kernel's by a power of the number of rows, which in small fits is
@@ -167,13 +167,12 @@ def time_of(fit: Callable[[int], object], rows: int, *, steepest: float, whole: 
         fit: fits on so many rows.
         rows: what to extrapolate to.
         steepest: the largest exponent that the family can have: 1 for passes, 2 for kernels.
-        whole: rows up to which the fit itself is timed instead, after a small one.
+        whole: whether the fit itself may be timed, after the smaller one: up to `WHOLE_ROWS`, or where it takes seconds.
     """
-    if rows <= whole:
-        fit(max(rows // 8, 1))  # what is done once: imports, opening, warming up
-        return _seconds_of(fit, rows)
     small, large = (max(min(count, rows // divisor), 1) for count, divisor in zip(PILOT_ROWS, (8, 4), strict=True))
     first = _seconds_of(fit, small)
+    if whole and (rows <= WHOLE_ROWS or first * rows / small <= LONG_PILOT):
+        return _seconds_of(fit, rows)
     if first > LONG_PILOT:
         return float(first * (rows / small) ** steepest)
     second = _seconds_of(fit, large)

@@ -25,7 +25,7 @@ from featurepipe.store import FeatureStore
 from featurepipe.store.choice import choose_space
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
-from featurepipe.training.cost import WHOLE_ROWS, Cost, available_memory, choose_on_cluster, choose_route, time_of
+from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import INTERVAL_LEVEL, fit
 from featurepipe.training.options import SELECT_AUTO, SHARES, TrainOptions
 from featurepipe.training.splits import CROSSED_FOLDS, Division, class_counts, divide, quantile_bins, rarest_labels
@@ -367,7 +367,7 @@ def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int, jobs: int) -> C
         found = one_fit(task, recipe) if tries else None
         if found is not None:
             tried, rows = found
-            each = time_of(tried, rows, steepest=recipe.family.time_exponent, whole=WHOLE_ROWS)
+            each = time_of(tried, rows, steepest=recipe.family.time_exponent, whole=True)
             alike = cost.rows <= 2 * rows  # then the last fits are as those of the search
             last = each * (cost.rows / rows) ** recipe.family.time_exponent if alike else one(cost.rows)
             searched = tries * each / min(jobs, os.cpu_count() or 1)

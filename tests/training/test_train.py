@@ -3,10 +3,12 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -14,7 +16,10 @@ from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.heads.calibration import expected_calibration_error
+from featurepipe.heads.families import HEADS
 from featurepipe.heads.preprocessing import BlockScaler
+from featurepipe.progress import spoken
+from featurepipe.training import cost, tuning
 from featurepipe.training.text import calibration_lines, train_text
 from featurepipe.training.train import train
 
@@ -450,6 +455,46 @@ def test_other_weights_are_something_else_to_learn_from(weighted_zoo, run):
     assert "skipped" in run(zoo, labels=path, weight="w", calibration=False, if_changed=True)
     path.write_text(path.read_text().replace(",2\n", ",3\n", 1))
     assert run(zoo, labels=path, weight="w", calibration=False, if_changed=True)["why"] == ["other settings: weight"]
+
+
+@pytest.mark.parametrize(
+    ("head", "told", "taken"),
+    [
+        ("linear-svm", {}, {"C": 1.0}),
+        (
+            "xgboost",
+            {"n_estimators": 7},
+            {"max_depth": 6, "min_child_weight": 5.0, "early_stopping_rounds": 20, "n_estimators": 7},
+        ),
+        ("ridge", {}, {"alpha": 100.0}),
+    ],
+)
+def test_the_time_of_a_search_is_that_of_one_of_its_fits_and_said_before_it(
+    split_zoo, run, monkeypatch, capsys, head, told, taken
+):
+    fitted, now = [], [0.0]
+
+    def trial(estimator, data, train, check):
+        last = tuning.steps_of(estimator)[-1][1]
+        fitted.append(({name: last.get_params()[name] for name in taken}, len(train), len(check)))
+        now[0] += 2.0 if len(train) > 20 else 1.0
+        return 0.5, {}
+
+    monkeypatch.setattr(tuning, "_plain", trial)
+    monkeypatch.setattr(tuning, "_boosted", trial)
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = run(split_zoo, head=head, tune=True, params=told, dry_run=True, silent=False)
+    (_, small, _), (params, rows, checked) = fitted
+    assert small < rows
+    assert params == taken
+    sets = len(ParameterGrid({name: values for name, values in HEADS[head].grid.items() if name not in told}))
+    assert found["cost"]["search_seconds"] == pytest.approx(2.0 * sets * 5)
+    assert found["cost"]["seconds"] > found["cost"]["search_seconds"]
+    capsys.readouterr()
+    run(split_zoo, head=head, tune=True, params=told, silent=False)
+    said = f"tuning {head}: {sets} sets of parameters on 5 folds, {5 * sets} fits, about {spoken(10.0 * sets)}"
+    assert said in capsys.readouterr().err.splitlines()
+    assert {(rows, checked) for _, rows, checked in fitted[3:]} == {(rows, checked)}
 
 
 def test_a_long_search_says_how_far_it_is_and_how_long_it_takes_yet():
