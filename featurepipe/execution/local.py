@@ -192,10 +192,14 @@ class ProcessExecutor(LocalExecutor):
         threads = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         given = os.getpid(), shared.folder
         pool = ProcessPoolExecutor(self.processes, initializer=end_with, initargs=given, env=threads)
+        queue = pool._call_queue  # noqa: SLF001  # whose thread loky does not wait for: see below
         try:
             yield pool
         finally:
             pool.shutdown(wait=True, kill_workers=True)
+            queue._reader.close()  # noqa: SLF001  # what the thread may still write is for nobody
+            if queue._thread:  # noqa: SLF001  # else the program's end may end it with a semaphore half given back
+                queue._thread.join(RETURN_SECONDS)  # noqa: SLF001
 
 
 THREAD_VARIABLES = (

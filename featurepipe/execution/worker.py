@@ -38,10 +38,8 @@ def installed() -> dict[str, str]:
     """Versions of what must agree, and of Python and Dask, in this process; packages that are missing are left out."""
     found = {"python": platform.python_version()}
     for name in (*DIGITS, "distributed"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -78,9 +78,8 @@ class DataHere:
     fit: Trying
 
     @contextmanager
-    def turn(self, worker: Worker) -> Iterator[Any]:
+    def turn(self, _worker: Worker) -> Iterator[Any]:
         """A block in which the worker fits; gives the data."""
-        del worker
         yield self.data
 
 

@@ -744,6 +744,50 @@ def test_a_signal_to_all_processes_of_a_program_calls_the_work_back(number: int,
     assert (tmp_path / "err").read_text() == ""
 
 
+SLOW_PROGRAM = """
+import importlib, sys, threading, time
+from joblib.externals.loky.backend import queues, resource_tracker
+from featurepipe.execution import ProcessExecutor
+
+synchronize = importlib.import_module("joblib.externals.loky.backend.synchronize")
+feed = queues.Queue._feed
+
+def slowly_fed(*given):
+    feed(*given)
+    time.sleep(0.4)  # as where the system gives the processor to others
+
+def slowly_given_back(name):
+    synchronize.sem_unlink(name)
+    if threading.current_thread().name == "QueueFeederThread":
+        time.sleep(0.4)
+    resource_tracker.unregister(name, "semlock")
+
+def work(_context, n, _worker, _stop, _report):
+    return len(n)
+
+if __name__ == "__main__":
+    queues.Queue._feed = staticmethod(slowly_fed)
+    synchronize.SemLock._cleanup = staticmethod(slowly_given_back)
+    with_many = ProcessExecutor(2).map(work, (b"x" * (1 << 20) for _ in range(9)))  # more than the queue's pipe holds
+    print(next(with_many)[1], flush=True)
+    start = time.monotonic()
+    with_many.close()
+    print(time.monotonic() - start < 5, sorted(n for _, n in ProcessExecutor(2).map(work, ["a", "bb", "ccc"])))
+    print([thread.name for thread in threading.enumerate() if thread.name == "QueueFeederThread"], flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", ["0", "0.5"])
+def test_loky_ends_before_the_program_and_leaves_no_semaphore(seconds: str, tmp_path: Path) -> None:
+    """Its thread that feeds the processes is a daemon that nobody waits for, and gives semaphores back as it ends."""
+    (tmp_path / "program.py").write_text(SLOW_PROGRAM)
+    command = [sys.executable, "program.py", seconds]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"{1 << 20}\nTrue [1, 2, 3]\n[]\n", "")
+
+
 def test_every_error_of_ours_survives_the_way_between_processes() -> None:
     import featurepipe.errors
 
