@@ -4,11 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from featurepipe.errors import UsageError
-from featurepipe.execution.launchers import ClusterTable, read_spec
+from featurepipe.execution.launchers import ClusterTable, read_spec, scale
 
 
 def test_texts_that_name_a_cluster(tmp_path: Path) -> None:
@@ -60,6 +61,23 @@ def test_files_without_a_table(tmp_path: Path) -> None:
     file.write_text("[cluster\n")
     with pytest.raises(UsageError, match="is not TOML"):
         read_spec(file)
+
+
+@pytest.mark.parametrize(
+    ("table", "asked"),
+    [
+        ({"kind": "slurm"}, ("scale", (1,), {})),
+        ({"kind": "slurm", "workers": 3}, ("scale", (3,), {})),
+        ({"kind": "slurm", "maximum": 64}, ("adapt", (), {"minimum": 0, "maximum": 64})),
+        ({"kind": "slurm", "minimum": 2, "maximum": 64}, ("adapt", (), {"minimum": 2, "maximum": 64})),
+    ],
+)
+def test_so_many_workers_are_asked_for(
+    table: dict[str, Any], asked: tuple[str, tuple[int, ...], dict[str, int]]
+) -> None:
+    cluster = Mock()
+    scale(cluster, read_spec(table))
+    assert [call for call in cluster.mock_calls if call[0] != "sync"] == [asked]
 
 
 def test_neither_featurepipe_nor_a_job_file_loads_dask() -> None:
