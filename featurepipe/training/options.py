@@ -184,7 +184,9 @@ class FitOptions(RoleOptions):
         False, "let the lower 95 % limit of the recall or precision reach what --threshold wants, not the value alone"
     )
     min_class_size: int = option(
-        MIN_CLASS_SIZE, f"refuse classes with fewer images (default: {MIN_CLASS_SIZE})", check=at_least(1)
+        MIN_CLASS_SIZE,
+        f"leave out classes with fewer images, and say so (default: {MIN_CLASS_SIZE})",
+        check=at_least(1),
     )
     memory: int | float | str | None = option(
         None, "what fitting may take, such as 2GB; above it, heads read blocks (default: half of the free)",

@@ -28,8 +28,17 @@ from featurepipe.store.roles import with_roles
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
 from featurepipe.training.fit import INTERVAL_LEVEL, fit
 from featurepipe.training.options import SELECT_AUTO, SHARES, TrainOptions
-from featurepipe.training.splits import CROSSED_FOLDS, Division, class_counts, divide, quantile_bins, rarest_labels
+from featurepipe.training.splits import (
+    CROSSED_FOLDS,
+    Division,
+    divide,
+    learned_rows,
+    quantile_bins,
+    rarest_labels,
+    small_classes,
+)
 from featurepipe.training.task import Recipe, Task
+from featurepipe.training.text import left_out_text
 from featurepipe.training.tuning import grid_size, one_fit, steps_of
 
 if TYPE_CHECKING:
@@ -88,6 +97,7 @@ def settle_rows(
     found = with_roles(store, found, options.labels, RoleOptions.of(options), say, snapshot=snapshot)
     features = found.select(labelled=True) if found.unlabelled < len(found) else _refuse_unlabelled(found)
     targets: npt.NDArray[Any] | None = None
+    left_out: dict[str, int] = {}
     if options.target is not None:
         targets = np.asarray(features.targets, np.float64)
         every = quantile_bins(targets)
@@ -97,6 +107,9 @@ def settle_rows(
     else:
         every = features.codes(features.classes)
         check_classes(features.classes, len(features), say, options.label or "label")
+        left_out = small_classes(features, every, options.split, least=options.min_class_size)
+        is_small = np.isin(every, [features.classes.index(name) for name in left_out])
+        every = np.where(is_small & learned_rows(features, options.split), -1, every)
     division = divide(
         features,
         every,
@@ -108,9 +121,9 @@ def settle_rows(
     )
     classes: tuple[str, ...] = ()
     if targets is None:
-        classes = _in_order(
-            _learnable(features, division, options.min_class_size), features.classes, options.ordered, say
-        )
+        order = options.ordered and tuple(name for name in options.ordered if name not in left_out)
+        known = [name for name in features.classes if name not in left_out]
+        classes = _in_order(_learned_classes(features, division), known, order, say)
     elif options.multilabel:
         kept = _learnable_labels(targets[division.final], features.target_names, options.min_class_size, recipe, say)
         targets, classes = targets[:, kept], tuple(features.target_names[place] for place in kept)
@@ -126,7 +139,10 @@ def settle_rows(
         seed=recipe.seed,
         targets=targets,
         is_ordered=options.ordered is not None,
+        left_out=left_out,
     )
+    if left_out:
+        say(left_out_text(left_out))
     say(f"{task.features.origin.dataset}: {_counted(task)}")
     if targets is None:
         _say_conflicts(features, say)
@@ -220,11 +236,11 @@ def _refuse_unlabelled(features: FeatureSet) -> FeatureSet:
     )
 
 
-def _learnable(features: FeatureSet, division: Division, least: int) -> tuple[str, ...]:
+def _learned_classes(features: FeatureSet, division: Division) -> tuple[str, ...]:
     """The classes of the training rows.
 
     Raises:
-        UsageError: there is one class only, or a class has fewer than ``least`` images.
+        UsageError: there is one class only.
     """
     train = features.take(division.final)
     classes = train.classes
@@ -232,22 +248,6 @@ def _learnable(features: FeatureSet, division: Division, least: int) -> tuple[st
         raise UsageError(
             f"all {len(train):,} training images are of class {classes[0]!r}; a head needs two or more. Check the labels, "
             f"and which split is trained on ({division.text})"
-        )
-    counts = class_counts(train.codes(classes), classes)
-    tested = class_counts(features.take(division.test).codes(classes), classes)
-    few = [name for name, count in counts.items() if count < least]
-    if few:
-        where = int(np.flatnonzero(train.codes(classes) == classes.index(few[0]))[0])
-        have = "has" if len(few) == 1 else "have"
-        ways = (", or say which images test with ", Option("split_column")) if tested[few[0]] else ()
-        raise UsageError(
-            Message(
-                f"{len(few)} of {len(classes)} classes {have} fewer than {least} training images, such as {few[0]!r} with "
-                f"{counts[few[0]]} (id {train.ids[where]}){_held_out(tested[few[0]])}; give more images, take the labels away, "
-                "or accept them with ",
-                Option("min_class_size", min(counts[name] for name in few)),
-                *ways,
-            )
         )
     return tuple(classes)
 
@@ -268,13 +268,6 @@ def _say_conflicts(features: FeatureSet, say: Callable[[str], None]) -> None:
         f"{counted(count, 'image', 'is', 'are')} there more than once, with different labels, and learned with each: {named}"
         f"{', ...' * (count > 1)}; correct the labels, or remove the copies (featurepipe duplicates lists them)"
     )
-
-
-def _held_out(count: int) -> str:
-    """Where the other images of a class are, if they are tested."""
-    if not count:
-        return ""
-    return f": its other {'image is' if count == 1 else f'{count:,} images are'} held out for the test"
 
 
 def _in_order(

@@ -120,6 +120,46 @@ def divide(
     return _told(features, Division(train, carved, test, is_carved=True, text=f"{text}; {how}", is_crossed=crossed))
 
 
+def learned_rows(features: FeatureSet, split: str | None) -> npt.NDArray[np.bool_]:
+    """(n,) whether a row is of the split to train on; all are where the dataset has no splits, and some are held out later."""
+    names = features.split_names()
+    if not names:
+        return np.ones(len(features), np.bool_)
+    return np.asarray(features.splits == split_asked(split or "train", names), np.bool_)
+
+
+def small_classes(
+    features: FeatureSet, codes: npt.NDArray[np.int64], split: str | None, *, least: int
+) -> dict[str, int]:
+    """The classes of fewer than ``least`` images of `learned_rows`, and how many each has; none of those that have none.
+
+    Args:
+        features: n rows.
+        codes: (n,) numbers of their classes in ``features.classes``.
+        split: the split to train on, or None.
+        least: images from which on a class is learned.
+
+    Raises:
+        UsageError: Without these there are not two classes to learn.
+    """
+    learned = learned_rows(features, split)
+    counts = {name: count for name, count in class_counts(codes[learned], features.classes).items() if count}
+    few = {name: count for name, count in counts.items() if count < least}
+    if few and len(counts) - len(few) < 2:
+        name = next(iter(few))
+        first = int(np.flatnonzero(learned & (codes == features.classes.index(name)))[0])
+        have = "has" if len(few) == 1 else "have"
+        raise UsageError(
+            Message(
+                f"{len(few)} of {len(counts)} classes {have} fewer than {least} images to learn from, such as {name!r} with "
+                f"{few[name]} (id {features.ids[first]}), and a head needs two classes or more; give more images, or accept "
+                "them with ",
+                Option("min_class_size", min(few.values())),
+            )
+        )
+    return few
+
+
 def _set_aside(
     features: FeatureSet, codes: npt.NDArray[np.int64], rows: Positions, *, least: int, seed: int
 ) -> tuple[Positions, Positions]:

@@ -109,6 +109,7 @@ class Task:
         executor: does what can be done elsewhere.
         targets: (n,) numbers to learn, or (n, K) labels: 1 present, 0 absent, NaN unknown; None for classes.
         is_ordered: whether the classes are in an order, the lowest first.
+        left_out: classes of too few images to be learned, and how many each has.
     """
 
     features: FeatureSet
@@ -121,6 +122,7 @@ class Task:
     executor: Executor = field(default_factory=LocalExecutor)
     targets: npt.NDArray[Any] | None = None
     is_ordered: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_numeric(self) -> bool:
@@ -200,6 +202,7 @@ class Task:
             "dataset": self.features.origin.dataset,
             "columns": list(self.features.columns),
             **self._learned(),
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
             "counts": self.counts(),
             **({} if self.features.groups is None else {"groups": self.division.groups(self.features.groups)}),
             "split": self.division.text,

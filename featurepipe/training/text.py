@@ -78,8 +78,9 @@ def _near_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _bundle_lines(found: Mapping[str, Any]) -> list[str]:
-    warning = [f"warning: {replaced_text(found)}"] if found.get("lost_classes") else []
-    return [f"bundle {found['bundle']}", *warning]
+    warnings = [replaced_text(found)] if found.get("lost_classes") else []
+    warnings += [left_out_text(found["left_out"])] if found.get("left_out") else []
+    return [f"bundle {found['bundle']}", *(f"warning: {text}" for text in warnings)]
 
 
 def replaced_text(found: Mapping[str, Any]) -> str:
@@ -87,6 +88,15 @@ def replaced_text(found: Mapping[str, Any]) -> str:
     lost = found["lost_classes"]
     what = "class" if len(lost) == 1 else "classes"
     return f"the head in {Path(found['bundle']).name} was replaced by one that no longer knows the {what} {first_names(lost, 5)}"
+
+
+def left_out_text(left_out: Mapping[str, int]) -> str:
+    """Says which classes are not learned, having too few images, and what to do."""
+    named = first_names([f"{name} ({counted(count, 'image')})" for name, count in left_out.items()], 5)
+    return (
+        f"not learned, as too few images are of {'this class' if len(left_out) == 1 else 'these classes'}: {named}; give more, "
+        f"or set min_class_size to {min(left_out.values())}"
+    )
 
 
 def _next(bundle: str) -> str:
@@ -105,6 +115,7 @@ def _task_lines(found: Mapping[str, Any]) -> list[str]:
     counts, classes = found["counts"], found["classes"]
     shown = ", ".join(f"{name} ({count:,})" for name, count in list(classes.items())[:_CLASSES_SHOWN])
     left_out = [f"{counts[name]:,} {name}" for name in ("unlabelled", "rejected") if counts[name]]
+    left_out += [f"{name} ({count:,})" for name, count in found.get("left_out", {}).items()]
     columns = named_columns(found["columns"], found.get("bottleneck"))
     return [
         f"{found['dataset']}, {columns}: {counts['train']:,} images to train on, {counts['test']:,} to test"

@@ -29,10 +29,10 @@ from featurepipe.training.fit import (
     prediction_interval,
 )
 from featurepipe.training.options import DEFAULT_HEADS, PROTOCOL_HEAD, TrainOptions, components, order_of, share_of
-from featurepipe.training.publish import Network, bundle_target, inputs_of, publish, weights_copy, why_train
+from featurepipe.training.publish import Inputs, Network, bundle_target, inputs_of, publish, weights_copy, why_train
 from featurepipe.training.selection import chosen_values
 from featurepipe.training.settle import route, settle, timed
-from featurepipe.training.task import Recipe
+from featurepipe.training.task import Recipe, Task
 from featurepipe.training.tuning import search
 
 UNCHANGED = "the {images:,} images that it learns from, their labels and its settings are those that the bundle was trained with"
@@ -133,7 +133,7 @@ def train(
         positive: the class that a ``threshold`` looks for; of ``multilabel``, a label of which sensitivity, specificity, areas
             and (in `featurepipe.evaluation.evaluate.evaluate`) curves and reliability are measured, too.
         threshold_margin: let the lower 95 % limit of the recall or precision reach what is wanted, not the value alone.
-        min_class_size: classes with fewer images are refused.
+        min_class_size: classes with fewer images (where the dataset has splits: to train on) are left out, and said.
         memory: what fitting may take, bytes or text such as ``"2GB"``; by default half of what is free.
         jobs: fits at once during a search.
         seed: of draws and of the estimators.
@@ -149,7 +149,8 @@ def train(
 
     Returns:
         What was done, as plain JSON values; with ``dry_run`` what would be. With ``if_changed``, ``why`` it was trained, or
-        ``skipped``: why not.
+        ``skipped``: why not. Either has ``left_out``, classes of fewer images than ``min_class_size`` and how many each has,
+        if there are any.
 
     Raises:
         UsageError: an argument is wrong, or the labels cannot be learned from.
@@ -204,7 +205,7 @@ def train(
     inputs = inputs_of(task, recipe, options)
     asked = {"why": why_train(folder, inputs)} if if_changed else {}
     if asked == {"why": []}:
-        return {"bundle": str(folder), "skipped": UNCHANGED.format(images=inputs.images)}
+        return unchanged(folder, task, inputs)
     for reason in asked.get("why", []):
         say(f"{folder.name} is trained: {reason}")
     task = timed(task, recipe, options, say)
@@ -250,6 +251,12 @@ def train(
             seconds=seconds, say=say,
         )  # fmt: skip
     return {**record, "options": as_asked(options), **asked}
+
+
+def unchanged(folder: Path, task: Task, inputs: Inputs) -> dict[str, Any]:
+    """What is returned where nothing has changed."""
+    left_out = {"left_out": dict(task.left_out)} if task.left_out else {}
+    return {"bundle": str(folder), "skipped": UNCHANGED.format(images=inputs.images), **left_out}
 
 
 def _unsaid(_: str) -> None:

@@ -28,6 +28,7 @@ from featurepipe.store.options import columns_of
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.publish import bundle_target
+from featurepipe.training.train import unchanged
 from featurepipe.tuning.activations import (
     Activations,
     ExtractionOutlook,
@@ -41,7 +42,7 @@ from featurepipe.tuning.from_images import finetune_images
 from featurepipe.tuning.loop import Rows
 from featurepipe.tuning.options import OF_IMAGES, TuneOptions, one_or_several
 from featurepipe.tuning.peers import refuse_processes
-from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
+from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, why_tune
 
 
 @shown_as("finetune")
@@ -137,7 +138,7 @@ def finetune(
         seeds: how often to tune from each cut, in other orders; the best on validation is kept.
         interpolate: mix tuned and frozen weights; else it is all of one or of the other.
         head_start: the head to begin with: ``exact``, or ``random``, to compare with: all is tuned at once, nothing mixed.
-        min_class_size: classes with fewer images are refused.
+        min_class_size: classes with fewer images (where the dataset has splits: to train on) are left out, and said.
         memory: what activations may take; above it they are read from the store step by step.
         seed: of draws.
         store_features: at the end, keep the tuned network's bottleneck of all images of the dataset in the store, computed from
@@ -201,7 +202,7 @@ def finetune(
         asked = {"why": why_tune(works[0], folder, say)} if if_changed else {}
         if asked == {"why": []}:
             kept = {} if dry_run else _stored_features(works[0], stored.store, folder, snapshot, say)
-            return {**unchanged(works[0], folder), **stored.about(), **kept}
+            return {**unchanged(folder, works[0].task, works[0].inputs()), **stored.about(), **kept}
         if dry_run:
             return {**works[0].task.as_dict(), "tuning": _planned(works), **asked}
         for work in works:

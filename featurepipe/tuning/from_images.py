@@ -39,12 +39,13 @@ from featurepipe.store.feature_store import is_store
 from featurepipe.store.rows import ArrayRows
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
+from featurepipe.training.train import unchanged
 from featurepipe.tuning.activations import described, refuse_of_images, refuse_unknown, step_seconds
 from featurepipe.tuning.augmentation import Augmentation, ImageExamples
 from featurepipe.tuning.loop import Rows
 from featurepipe.tuning.options import IMAGES, TuneOptions
 from featurepipe.tuning.peers import ALONE, Peers, fabric_on, processes
-from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, unchanged, why_tune
+from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, why_tune
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -493,7 +494,7 @@ def finetune_images(
         return work
     asked = {"why": peers.from_first(lambda: why_tune(work, folder, say))} if if_changed else {}
     if asked == {"why": []}:
-        return unchanged(work, folder)
+        return unchanged(folder, work.task, work.inputs())
     peers.from_first(lambda: work.check_room(folder, peers))
     seconds = peers.from_first(work.epoch_seconds) / peers.world
     say(work.text(seconds=seconds))

@@ -143,7 +143,7 @@ class LoopOptions(RoleOptions):
         choices=(EXACT, RANDOM),
     )  # fmt: skip
     split: str | None = option(None, "the split to train on (default: train)", metavar="NAME")
-    min_class_size: int = option(2, "refuse classes with fewer images (default: 2)", check=at_least(1))
+    min_class_size: int = option(2, "leave out classes with fewer images, and say so (default: 2)", check=at_least(1))
     memory: int | float | str | None = option(
         None, "what activations may take in memory, such as 4GB; above it they are read from the store step by step (default: "
         "half of the free)",

@@ -42,7 +42,7 @@ from featurepipe.training.settle import settle_rows
 from featurepipe.training.splits import Division
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.text import mix_text
-from featurepipe.training.train import UNCHANGED, labels_name, roles_asked
+from featurepipe.training.train import labels_name, roles_asked
 from featurepipe.tuning.activations import step_seconds
 from featurepipe.tuning.loop import (
     Examples,
@@ -281,11 +281,6 @@ def why_tune(work: TuningWork, folder: Path, say: Callable[[str], None]) -> list
     for reason in found:
         say(f"{folder.name} is tuned: {reason}")
     return found
-
-
-def unchanged(work: TuningWork, folder: Path) -> dict[str, Any]:
-    """What is returned where nothing has changed."""
-    return {"bundle": str(folder), "skipped": UNCHANGED.format(images=work.inputs().images)}
 
 
 def tune_and_publish(

@@ -125,6 +125,22 @@ def test_train_says_why_it_trains_and_why_not(nights, rows, learn, tmp_path):
     assert always["text"].startswith("trained on 60 images")
 
 
+def test_a_class_with_one_image_stops_no_training_and_is_said_each_night(nights, rows, learn):
+    lonely = replace(rows[0], id="stray/1.png", label="stray", content="cat-stray")
+    said = "not learned, as too few images are of this class: stray (1 image); give more, or set min_class_size to 1"
+    first = steps.train(nights.begin([*rows, lonely]), learn)
+    assert (first["left_out"], first["warnings"]) == ({"stray": 1}, [said])
+    assert first["text"].startswith("trained on 60 images of 3 classes; 0.")
+    assert read_bundle(learn.out).classes == ("cat", "dog", "emu")
+    second = steps.train(nights.begin([*rows, lonely]), learn)
+    assert (second["skipped"][:14], second["warnings"]) == ("the 60 images ", [said])
+    more = replace(lonely, id="stray/2.png", content="cat-stray-2")
+    third = steps.train(nights.begin([*rows, lonely, more]), learn)
+    assert third["why"] == ["its images or their labels changed: 62 to learn from, 60 before"]
+    assert (third["warnings"], "left_out" in third) == ([], False)
+    assert read_bundle(learn.out).classes == ("cat", "dog", "emu", "stray")
+
+
 def test_train_takes_the_tables_labels_then_the_sources(nights, rows, learn, tmp_path):
     for name, label in (("source", "old"), ("own", "new")):
         lines = [f"{row.id},{label}-{row.label}" for row in rows]

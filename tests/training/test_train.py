@@ -20,7 +20,7 @@ from featurepipe.heads.families import HEADS
 from featurepipe.heads.preprocessing import BlockScaler
 from featurepipe.progress import spoken
 from featurepipe.training import cost, tuning
-from featurepipe.training.text import calibration_lines, train_text
+from featurepipe.training.text import calibration_lines, cost_text, train_text
 from featurepipe.training.train import train
 
 NODES = ["a:gap", "b:gap"]
@@ -202,23 +202,69 @@ def test_one_class_only(zoo, run):
         run(zoo)
 
 
-def test_a_class_with_one_image_is_named_with_its_id_and_can_be_accepted(zoo, run):
-    rows = [*zoo.images("train"), zoo.image("lonely.png", "emu-lonely", "yak", "train")]
+def test_a_class_with_one_image_is_left_out_and_said_and_can_be_accepted(zoo, run, tmp_path, capsys):
+    rows = [*zoo.images("train"), *zoo.images("test", 9)]
     zoo.write(rows)
-    with pytest.raises(UsageError, match=r"such as 'yak' with 1 \(id lonely.png\).*min_class_size=1"):
+    without = run(zoo)
+    lonely = [zoo.image(f"lonely-{split}.png", f"emu-{split}", "yak", split) for split in ("train", "val", "test")]
+    zoo.write([*rows, *lonely])
+    record = run(zoo, silent=False)
+    said = "not learned, as too few images are of this class: yak (1 image); give more, or set min_class_size to 1"
+    assert said in capsys.readouterr().err
+    assert f"\nwarning: {said}\n" in train_text(record)
+    assert record["left_out"] == {"yak": 1}
+    assert (record["classes"], record["counts"]["train"]) == (without["classes"], 120)
+    assert (record["test"]["images"], record["test_left_out"]) == (without["test"]["images"], 1)
+    bundle = read_bundle(tmp_path / "bundle")
+    assert bundle.training["left_out"] == {"yak": 1}
+    assert bundle.classes == ("cat", "dog", "emu")
+    planned = run(zoo, dry_run=True)
+    assert planned["left_out"] == {"yak": 1}
+    assert "; left out: yak (1)" in cost_text(planned)
+    again = run(zoo, if_changed=True)
+    assert ("skipped" in again, again["left_out"]) == (True, {"yak": 1})
+    accepted = run(zoo, min_class_size=1, if_changed=True)
+    assert accepted["classes"]["yak"] == 1
+    assert "left_out" not in accepted
+
+
+def test_a_class_with_one_image_beside_one_other_is_refused_by_its_id(zoo, run):
+    cats = [row for row in zoo.images("train") if row.label == "cat"]
+    zoo.write([*cats, zoo.image("lonely.png", "emu-lonely", "yak", "train")])
+    with pytest.raises(
+        UsageError, match=r"1 of 2 classes has fewer than 2 .*'yak' with 1 \(id lonely.png\).*min_class_size=1"
+    ):
         run(zoo)
-    assert run(zoo, min_class_size=1)["classes"]["yak"] == 1
+    assert run(zoo, min_class_size=1)["classes"] == {"cat": 40, "yak": 1}
 
 
-def test_a_class_whose_other_image_is_tested_says_so_and_labels_in_conflict_are_named(zoo, run, capsys):
+def test_without_splits_a_class_with_one_image_trains_nothing_and_tests_nothing(zoo, run):
+    rows = zoo.images(None)
+    zoo.write(rows)
+    without = run(zoo)
+    zoo.write([*rows, zoo.image("lonely.png", "emu-lonely", "yak")])
+    record = run(zoo)
+    assert (record["left_out"], record["test_left_out"]) == ({"yak": 1}, 0)
+    for name in ("classes", "counts", "test"):
+        assert record[name] == without[name]
+
+
+def test_classes_of_two_images_of_which_one_is_tested_are_learned(zoo, run, capsys):
     rows = [row for row in zoo.images(None) if row.label == "cat"][:20]
     for number in range(20):  # classes of two, of which some must give the test an image
         rows += [zoo.image(f"{number}-{one}.png", f"emu-{number}-{one}", f"kind {number:02d}") for one in "ab"]
     zoo.write(rows)
-    with pytest.raises(UsageError) as caught:
-        run(zoo)
-    way_on = "its other image is held out for the test; give more images, take the labels away, or accept them with "
-    assert way_on + "min_class_size=1, or say which images test with split_column" in str(caught.value)
+    record = run(zoo)
+    assert "left_out" not in record
+    assert set(record["classes"].values()) == {1, 2, 16}
+    with pytest.raises(
+        UsageError, match=r"20 of 21 classes have fewer than 3 images .*'kind 00' with 2 \(id 0-a.png\)"
+    ):
+        run(zoo, min_class_size=3)
+
+
+def test_labels_in_conflict_are_named(zoo, run, capsys):
+    rows = [row for row in zoo.images(None) if row.label == "cat"][:20]
     twin = zoo.image("twin.png", rows[0].content, "dog")
     zoo.write([*zoo.images(None), twin])
     run(zoo, silent=False)

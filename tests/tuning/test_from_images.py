@@ -234,7 +234,7 @@ def test_what_cannot_be_is_refused_before_anything_is_done(images, store, again,
         finetune(store, from_node="layer1", out=tmp_path / "b", augment="crop", silent=True)
     with pytest.raises(UsageError, match="unknown augment 'mirror'; choices: none, crop, flip"):
         finetune(store, out=tmp_path / "b", augment="mirror", **again)
-    with pytest.raises(UsageError, match=r"too few to set validation images aside|fewer than 2 training images"):
+    with pytest.raises(UsageError, match=r"too few to set validation images aside|fewer than 2 images to learn from"):
         finetune(store, out=tmp_path / "b", ids=["band0/0.png", "band1/1.png", "band0/3.png"], **again)
     monkeypatch.setattr(from_images, "available_memory", lambda: 700_000)
     with pytest.raises(UsageError, match=r"a step of 512 images takes about .*batch_size="):

@@ -25,7 +25,7 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
     from featurepipe.training.train import train as run
 
     found = _learned(night, table, run, "the older bundle stays, and the next night trains")
-    return found if "skipped" in found else _told(found)
+    return _skipped(found) if "skipped" in found else _told(found)
 
 
 def finetune(night: Night, table: FinetuneTable) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def finetune(night: Night, table: FinetuneTable) -> dict[str, Any]:
 
     found = _learned(night, table, run, "the older bundle stays, and the next night goes on from the last checkpoint")
     if "skipped" in found:
-        return {name: value for name, value in found.items() if name != "stored_features"}
+        return _skipped({name: value for name, value in found.items() if name != "stored_features"})
     told, tuning = _told(found), found["tuning"]
     where = "from images" if tuning["from"] == "images" else f"above {tuning['from']}"
     how = f"{tuning['mix']:.0%} of the weights tuned {where}" if tuning["mix"] else "tuning gained nothing"
@@ -77,16 +77,27 @@ def own_weights(night: Night) -> dict[str, str]:
     }
 
 
+def _skipped(found: dict[str, Any]) -> dict[str, Any]:
+    """A training that need not be, or that time ended; classes that the bundle does not learn are said each night."""
+    return {**found, "warnings": _left_out(found)} if found.get("left_out") else found
+
+
+def _left_out(found: dict[str, Any]) -> list[str]:
+    from featurepipe.training.text import left_out_text
+
+    return [left_out_text(found["left_out"])] if found.get("left_out") else []
+
+
 def _told(found: dict[str, Any]) -> dict[str, Any]:
     """What the run record keeps of a training; the bundle keeps all of it."""
     from featurepipe.training.text import replaced_text
 
-    names = ("bundle", "backbone", "columns", "head", "params", "counts", "why", "seconds", "lost_classes")
+    names = ("bundle", "backbone", "columns", "head", "params", "counts", "why", "seconds", "lost_classes", "left_out")
     what = "with a number" if "target" in found else f"of {len(found['classes']):,} classes"
     what = f"with {counted(len(found['multilabel']), 'label')}" if "multilabel" in found else what
     images = f"{counted(found['counts']['train'], 'image')} {what}"
     told = {name: found[name] for name in names if name in found}
-    told["warnings"] = [replaced_text(found)] if found.get("lost_classes") else []
+    told["warnings"] = [*([replaced_text(found)] if found.get("lost_classes") else []), *_left_out(found)]
     if not found["test"]:
         return {**told, "text": f"trained on {images}; no test images"}
     if "multilabel" in found:
