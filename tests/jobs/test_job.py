@@ -1,6 +1,7 @@
 """Job files: what they mean, and what is said of those that are wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,31 @@ def test_columns_and_orders_are_read_as_on_the_command_line(tmp_path):
 @pytest.mark.parametrize("name", ["nightly.toml", "layer_depth.toml", "train_heads.toml"])
 def test_the_jobs_to_copy_can_be_read(name):
     read_job(Path(__file__).parents[2] / "pipelines" / name)
+
+
+ARCHIVES = Path(__file__).parents[1] / "archives" / "jobs-v1"
+
+
+def same(then, now):
+    """Whether everything that was read then is read now; what came since is beside it. Of nothing there is one kind now."""
+    if isinstance(then, dict):
+        return (not then and now is None) or all(key in now and same(value, now[key]) for key, value in then.items())
+    if isinstance(then, list):
+        return (not then and now is None) or (
+            len(then) == len(now) and all(same(*pair) for pair in zip(then, now, strict=True))
+        )
+    return then == now
+
+
+@pytest.mark.parametrize("name", ["every_key.toml", "layer_depth.toml", "nightly.toml", "train_heads.toml"])
+def test_job_files_written_before_executors_came_are_read_as_then(name, tmp_path):
+    """`as_read.json` is what the code of then (the parent of commit a815eb6) read, paths from FOLDER on."""
+    shutil.copytree(ARCHIVES, folder := tmp_path / "jobs-v1")
+    now = json.dumps(read_job(folder / name).model_dump(mode="json"))
+    now = json.loads(now.replace(str(folder), "FOLDER").replace(str(tmp_path), "FOLDER/.."))
+    then = json.loads((ARCHIVES / "as_read.json").read_text())[name]
+    different = {key: (value, now.get(key)) for key, value in then.items() if not same(value, now.get(key))}
+    assert different == {}
 
 
 def test_what_cannot_be_read(problems, tmp_path):
