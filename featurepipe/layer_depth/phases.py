@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from featurepipe.errors import Interrupted
-from featurepipe.heads.families import SHARED_PASSES
 from featurepipe.layer_depth.folds import CHOOSING, ENOUGH_TO_CHOOSE
 from featurepipe.layer_depth.measure import NODE_SECONDS
+from featurepipe.layer_depth.probes import TURNABLE, TURNED_FROM
 from featurepipe.layer_depth.study import DepthColumn, Protocol
 
 EXTRACT, MEASURE, JOIN, DESCRIBE = "extract", "measure", "side by side", "describe"
@@ -74,23 +74,63 @@ def divisions_of(rows: int) -> int:
     return min(CHOOSING, -(-ENOUGH_TO_CHOOSE // max(1, rows // CHOOSING)))
 
 
-def fit_seconds(rows: int, width: int, classes: int, *, divisions: int | None = None) -> float:
-    """About how long a logistic head takes on one column and fold, on one core: every C on every division, and the last fit.
+class HeadSeconds(NamedTuple):
+    """How long a head takes on one core, as recorded: for each fit ``start + scale * rows^by_rows * values^by_values``.
+
+    Attributes:
+        start: seconds of a fit of next to nothing.
+        scale: seconds of a fit of one image with one value.
+        by_rows: the power of the training images.
+        by_values: the power of the values of an image; of a head that works in the span of the images, where these are fewer, of
+            their number.
+        by_classes: whether the scale is that of 10 classes, and grows with them.
+    """
+
+    start: float
+    scale: float
+    by_rows: float
+    by_values: float
+    by_classes: bool = False
+
+
+HEAD_SECONDS: Mapping[str, HeadSeconds] = {
+    "logistic": HeadSeconds(0.022, 2.75e-6, 0.2, 1.45, by_classes=True),
+    "linear-svm": HeadSeconds(0.0, 6.58e-10, 0.67, 2.75, by_classes=True),
+    "ridge": HeadSeconds(0.0, 4.85e-7, 0.31, 1.64),
+    "lda": HeadSeconds(0.0, 1.87e-6, 0.0, 1.95),
+    "knn": HeadSeconds(0.0, 1.16e-6, 0.73, 0.97),
+    "centroid": HeadSeconds(0.0, 1.67e-6, 0.68, 0.68),
+    "rbf-svm": HeadSeconds(0.0, 0.143, 0.15, 0.12),
+    "xgboost": HeadSeconds(0.0, 3.63e-5, 0.93, 0.71, by_classes=True),
+}
+"""Of Fashion-MNIST and emoji, 10 classes, 40 to 1,600 training images, 64 to 1,280 values, and of logistic up to 5,000; all
+parameters that are tried count to the fit of a division. The recorded seconds are in tests/layer_depth/test_text.py."""
+SPAN_SECONDS = 3e-10
+"""Of going over to the span of the images, for each value of each pair of them."""
+
+
+def fit_seconds(rows: int, width: int, classes: int, *, divisions: int | None = None, head: str = "logistic") -> float:
+    """About how long a head takes on one column and fold, on one core: its grid on every division, and the last fit.
 
     Args:
         rows: training images.
-        width: values of an image; a head on more than there are images works in the span of these.
+        width: values of an image.
         classes: to tell apart.
         divisions: of the training images; None for as many as depth takes.
+        head: a key of `HEAD_SECONDS`.
     """
-    values = classes * rows * min(rows, width)
+    known = HEAD_SECONDS[head]
+    values = min(rows, width) if head in TURNABLE else width
+    scale = known.scale * (classes / 10 if known.by_classes else 1.0)
     fits = 1 + (divisions_of(rows) if divisions is None else divisions)
-    return fits * (0.25 + 4e-4 * math.sqrt(values) + 2e-8 * values)  # of Fashion-MNIST, 100 to 2,000 images
+    span = SPAN_SECONDS * rows * rows * width if head in TURNABLE and width > TURNED_FROM * rows else 0.0
+    each: float = known.start + scale * rows**known.by_rows * values**known.by_values
+    return span + fits * each
 
 
 def not_estimated(heads: Sequence[str]) -> list[str]:
     """The heads of which no estimate of time is known."""
-    return [head for head in heads if head not in SHARED_PASSES]
+    return [head for head in heads if head not in HEAD_SECONDS]
 
 
 def outlook(
@@ -110,14 +150,19 @@ def outlook(
     """
     cells = (protocol.folds or 1) * protocol.seeds
     rows = round(images * (1 - 1 / (protocol.folds or 5)))
-    single = [fit_seconds(rows, column.width, classes) for column in columns]
-    widest = sum(column.width for column in columns)
-    at_once = jobs or os.cpu_count() or 1
-    heads = len(protocol.heads) - len(not_estimated(protocol.heads))
+    heads = [head for head in protocol.heads if head in HEAD_SECONDS]
     if not heads:
         return {MEASURE: None, JOIN: None, DESCRIBE: None}
+
+    def each(width: int) -> float:
+        """The mean over heads: which of them is best, and so fitted again, is not known yet."""
+        return sum(fit_seconds(rows, width, classes, head=head) for head in heads) / len(heads)
+
+    single = [each(column.width) for column in columns]
+    widest = sum(column.width for column in columns)
+    at_once = jobs or os.cpu_count() or 1
     return {
-        MEASURE: heads * networks * cells * sum(single) / at_once,
-        JOIN: SETS * cells * fit_seconds(rows, widest, classes) / at_once,
+        MEASURE: len(heads) * networks * cells * sum(single) / at_once,
+        JOIN: SETS * cells * each(widest) / at_once,
         DESCRIBE: NODE_SECONDS * len(columns) + (protocol.folds or 1) * max(single),
     }

@@ -9,8 +9,7 @@ from typing import Any
 
 from featurepipe.display import counted, named_columns, share, size, table
 from featurepipe.extraction.text import damaged_lines
-from featurepipe.heads.families import SHARED_PASSES
-from featurepipe.layer_depth.phases import DESCRIBE, JOIN, MEASURE
+from featurepipe.layer_depth.phases import DESCRIBE, HEAD_SECONDS, JOIN, MEASURE
 from featurepipe.layer_depth.study import what_of
 from featurepipe.option_groups import declared
 from featurepipe.progress import spoken, took
@@ -86,7 +85,7 @@ def plan_text(found: Mapping[str, Any]) -> str:
         f"in all about {spoken(sum(known))}{_besides(found)} on an idle machine, a rough figure; "
         "what the store has of it takes none"
         if known
-        else f"how long they take is not estimated: only of {', '.join(SHARED_PASSES)} it is known"
+        else f"how long they take is not estimated: only of {', '.join(HEAD_SECONDS)} it is known"
     )
     lines += [found["protocol"], "dry run: nothing was changed"]
     return "\n".join(lines)

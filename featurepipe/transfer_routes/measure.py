@@ -227,9 +227,10 @@ def route_seconds(
         epochs = tuning.schedule(max(fit, 1), is_scratch=is_scratch).epochs
         return 1.0 + above / 1000 * (epochs * (3 * fit + choose) + test)
     if route.kind == AS_IT_IS:
-        return 0.2
-    of_all = partial(fit_seconds, fit + choose, classes=classes)
-    to_choose = partial(fit_seconds, fit, classes=classes, divisions=1)
+        return 0.1
+    head = "ridge" if options.target_type == "continuous" else "logistic"
+    of_all = partial(fit_seconds, fit + choose, classes=classes, head=head)
+    to_choose = partial(fit_seconds, fit, classes=classes, divisions=1, head=head)
     divisions, columns = divisions_of(fit + choose), len(route.columns)
     if route.kind == NODE:
         return of_all(route.width // columns) + divisions * columns * to_choose(route.width // columns)
