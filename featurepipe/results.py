@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -326,7 +327,9 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     over_numbers = {name for name in kept if all(_is_number(row[name]) for row in shown if row.get(name) is not None)}
     styles = {name: f"{_NAME};text-align:right" if name in over_numbers else _NAME for name in kept}
     head = "".join(f'<th style="{styles[name]}">{_text(name)}</th>' for name in kept)
-    body = "".join(f"<tr>{''.join(_cell(row.get(name)) for name in kept)}</tr>" for row in shown)
+    body = "".join(
+        f"<tr>{''.join(_cell(row.get(name), right=name in over_numbers) for name in kept)}</tr>" for row in shown
+    )
     left = [counted(len(rows) - len(shown), "more row")] if len(rows) > len(shown) else []
     left += [f"not shown: {', '.join(names[COLUMNS_SHOWN:])}"] if len(names) > len(kept) else []
     more = f'<div style="opacity:.75">{_text("; ".join(left))}</div>' if left else ""
@@ -342,8 +345,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _cell(value: Any) -> str:
-    return f'<td style="{_RIGHT if _is_number(value) else _LINE}">{_text(value if _is_plain(value) else "…")}</td>'
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _cell(value: Any, *, right: bool) -> str:
+    """A value of a table, ``right`` below the name of a column of numbers; of a SHA-256 the first digits."""
+    shown = value if _is_plain(value) else "…"
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        shown = f"{value[:12]}…"
+    return f'<td style="{_RIGHT if right or _is_number(value) else _LINE}">{_text(shown)}</td>'
 
 
 def _is_plain(value: Any) -> bool:

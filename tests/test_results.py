@@ -118,7 +118,7 @@ def test_cards_are_escaped_and_say_what_they_leave_out(
 ) -> None:
     card = safe(store._repr_html_())
     assert "greys" in card
-    assert "f6.1:gap" in card
+    assert ">bottleneck (f6.1:gap)<" in card
     assert "&lt;b&gt;cat" in safe(store.features("greys").with_labels({"<b>cat/1.png": "<b>cat"})._repr_html_())
     assert "no store here yet" in safe(fp.FeatureStore(tmp_path / "none")._repr_html_())
     assert "&lt;script&gt;" in safe(evaluated._repr_html_())
@@ -293,7 +293,14 @@ def test_names_of_columns_stand_above_their_numbers() -> None:
     )
     heads = re.findall(r"<th[^>]*>(.*?)</th>", card("x", {}, tables={"per_class": [of_class]}))
     assert heads == ["class", "support", "predicted", "precision", "recall", "f1", "auc"]  # as of evaluate
-    page = card("x", {}, tables={"t": [{"id": "a", "n": 1, "of": 2.5}, {"id": "b", "n": None, "of": True}]})
+    key = "0123456789abcdef" * 4
+    page = card("x", {}, tables={"t": [{"id": "a", "n": 1, "of": 2.5}, {"id": key, "n": None, "of": True}]})
+    cells = re.findall(r'<td style="([^"]*)">([^<]*)</td>', page)
+    assert [(text, "text-align:right" in style) for style, text in cells[3:]] == [
+        ("0123456789ab…", False),
+        ("–", True),  # below the numbers of its column
+        ("yes", False),
+    ]
     heads = re.findall(r'<th style="([^"]*)">(\w+)</th>', page)
     assert [(name, style.endswith("text-align:right")) for style, name in heads] == [
         ("id", False),

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe import __version__
+from featurepipe.display import named_columns
 from featurepipe.errors import (
     Message,
     NoStore,
@@ -427,7 +428,12 @@ def _card_of(found: Mapping[str, Any]) -> str:
         for one in found["datasets"]
     ]
     columns = [
-        {"backbone": space["backbone"], "space": space["name"], "column": name, **info}
+        {
+            "backbone": space["backbone"],
+            "space": space["name"],
+            "column": named_columns(name, space["bottleneck"]),
+            **info,
+        }
         for space in found["spaces"]
         for name, info in space["columns"].items()
     ]

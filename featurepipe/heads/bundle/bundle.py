@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from featurepipe.display import first_names
+from featurepipe.display import first_names, named_columns
 from featurepipe.errors import BundleError, Message, Option, UsageError, unknown
 from featurepipe.heads.blocks import Blocks
 from featurepipe.heads.bundle.files import (
@@ -107,7 +107,7 @@ class Bundle:
         """The card that a notebook shows: what it is for, and how good it was on its test images."""
         facts = {
             "head": self.family,
-            "columns": " + ".join(self.columns),
+            "columns": named_columns(self.columns, (self.backbone.get("description") or {}).get("bottleneck")),
             "backbone": f"{self.backbone['name']}, weights {self.backbone['weights']}",
             "predicts": self.target_text,
             "trained on": f"{len(self.seen):,} different images",

@@ -140,6 +140,14 @@ def test_predictions_from_blocks_are_those_from_arrays(bundle, digits):
     np.testing.assert_array_equal(bundle.predict(x.tolist()), bundle.predict(x.astype(np.float64)))
 
 
+def test_the_card_calls_the_bottleneck_so(bundle):
+    *others, last = bundle.columns
+    known = {**bundle.backbone, "description": {"bottleneck": last.partition(":")[0]}}
+    named = " + ".join([*others, f"bottleneck ({last})"])
+    assert f">{named}<" in dataclasses.replace(bundle, backbone=known)._repr_html_()
+    assert f">{' + '.join(bundle.columns)}<" in bundle._repr_html_()
+
+
 def test_features_of_another_space_columns_or_width_are_refused(bundle, digits):
     x, _ = digits
     known = {"space_fingerprint": bundle.fingerprint, "columns": bundle.columns}
