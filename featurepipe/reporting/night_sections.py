@@ -197,7 +197,14 @@ def _steps(night: Night) -> Table | None:
         for step in night.get("steps") or ()
     )
     return (
-        Table("In their order", ("Step", "How it ended", "What it did", "Time"), rows, sortable=False) if rows else None
+        Table(
+            "Steps of the last run, in their order",
+            ("Step", "How it ended", "What it did", "Time"),
+            rows,
+            sortable=False,
+        )
+        if rows
+        else None
     )
 
 
@@ -218,7 +225,7 @@ def _status(nights: Sequence[Night]) -> Table:
         for place, night in reversed(list(enumerate(nights)))
     )
     header = (STARTED, "How it ended", "Computed", "Rejected", "Listed", "Time", "Run")
-    return Table("Newest first", header, rows, unbroken=True)
+    return Table("All runs, newest first", header, rows, unbroken=True)
 
 
 def _counted(night: Night, name: str) -> TableCell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ def _answer(document: Document) -> list[Block]:
     )
     bounds = measure.interval(best.get("low"), best.get("high"))
     within = f" (95\u00a0% interval {bounds})" if bounds else ""
-    sentence = f"With {best['size']['text']} take {_called(best)}: {reached}{within}."
+    sentence = f"With {_with_images(best['size']['text'])} take {_called(best)}: {reached}{within}."
     other = "No route did better."
     if best["best"] != best["route"]:
         value = measure.text(best.get("best_value"))
@@ -136,6 +137,16 @@ def _answer(document: Document) -> list[Block]:
         Prose(tuple(filter(None, (" ".join(changes), ties, _elsewhere(best.get("elsewhere"), measure))))),
         Prose(tuple(filter(None, (f"Rule: {best['rule']}." if best.get("rule") else "", _untried_short(document))))),
     ]
+
+
+def _with_images(text: str) -> str:
+    """A size of the training images as it stands in a sentence.
+
+    Example:
+        >>> _with_images("20 a class"), _with_images("all (16 a class)")
+        ('20 images a class', 'all (16 a class)')
+    """
+    return re.sub(r"^([\d,]+) a ", r"\1 images a ", text)
 
 
 def _called(best: Document) -> str:
@@ -303,7 +314,7 @@ def _table(document: Document, size: Document) -> Table | None:
     if not rows:
         return None
     groups = [("", 1), (measure.title, 4), *([(str(other), 1)] if there else []), ("What it takes", 3)]
-    compared = ["draws", "difference to best", "on draws of both"]
+    compared = ["draws", "difference to best", "shared draws"]
     header = ["Route", "here", *compared, *(["there"] if there else []), "features", "learning", "memory"]
     body = []
     for row in rows:
@@ -355,8 +366,19 @@ def _all_results(document: Document) -> Table:
 
 
 def _chosen(params: Any) -> str:
-    told = [parameters({name: value for name, value in one.items() if name != "ended"}) for one in params or []]
+    told = [
+        parameters({name: _kept(value) if name == "kept" else value for name, value in one.items() if name != "ended"})
+        for one in params or []
+    ]
     return " or ".join(filter(None, dict.fromkeys(told))) or DASH
+
+
+def _kept(values: Any) -> Any:
+    """Of which node most values of several were kept; there may be dozens of nodes."""
+    if not isinstance(values, Mapping) or not values:
+        return values
+    node = max(values, key=lambda name: values[name])
+    return f"most at {node} ({count(values[node])})"
 
 
 def _picture(document: Document, paint: Paint) -> Exhibit | None:
@@ -409,8 +431,8 @@ def _picture(document: Document, paint: Paint) -> Exhibit | None:
     label_axis(plot.yaxis[0], "distance from the training images", shares=True)
     kind = f"{'many' if own[0] else 'few'} and {'different' if own[1] else 'similar'}"
     return Exhibit(
-        "The lecture's table, with your images in it",
-        f"Your images are {kind} ({percent(relative, 0)} of the way to noise), for which the lecture says: {_QUADRANTS[own]}. "
+        "The table of CS231n, with your images in it",
+        f"Your images are {kind} ({percent(relative, 0)} of the way to noise), for which CS231n says: {_QUADRANTS[own]}. "
         f"Measured, {best['route']} is recommended here.",
         (Panel("2 x 2", plot, "square"),),
         tuple(keys),
@@ -440,7 +462,8 @@ def _layers(document: Document, paint: Paint) -> Exhibit | Prose | None:
     names = list(found["layers"])
     plot = blank(paint, height=360, y_range=DataRange1d(start=0.0, range_padding=0.1))
     name_places(plot.xaxis[0], names, slanted=True, two_lines=True)
-    label_axis(plot.yaxis[0], "distance")
+    label_axis(plot.xaxis[0], "BatchNorm layer")
+    label_axis(plot.yaxis[0], "distance (learned deviations)")
     keys, markers = [], []
     for place, (title, values) in enumerate((("your images", found["layers"]), ("noise", found["noise_layers"]))):
         source = ColumnDataSource({

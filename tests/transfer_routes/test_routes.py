@@ -30,7 +30,7 @@ from featurepipe.layer_depth.probes import Cell
 from featurepipe.prediction.own_classes import LabelsOfClasses
 from featurepipe.progress import Lines, spoken
 from featurepipe.reporting.report import write_report
-from featurepipe.reporting.route_sections import _table
+from featurepipe.reporting.route_sections import _chosen, _table
 from featurepipe.store import FeatureStore
 from featurepipe.transfer_routes import answers, measure, routes, similarity, trials
 from featurepipe.transfer_routes.answers import plan_text, text
@@ -241,6 +241,12 @@ def test_another_source_is_tested_by_every_route(piles: Path, tmp_path: Path, an
     assert found["counts"]["shifted"] == 60
 
 
+def test_of_many_nodes_the_page_names_the_one_of_which_most_values_were_kept() -> None:
+    kept = {f"blocks.{place}:avg4x4": place for place in range(15)} | {"flatten:gap": 1142}
+    params = [{"share": 0.02, "values": 1247, "of": 30208, "kept": kept, "C": 1e-4}, {"C": 1.0, "ended": "early"}]
+    assert _chosen(params) == "share 0.02, values 1247, of 30208, kept most at flatten:gap (1,142), C 0.0001 or C 1"
+
+
 def test_too_few_images_to_choose_by_are_named(tmp_path: Path) -> None:
     folder = draw(tmp_path, count=12)
     with pytest.raises(UsageError, match="give more images"):
@@ -308,7 +314,7 @@ def test_tables_say_on_how_many_draws_a_difference_to_the_best_rests() -> None:
     assert "on the draws that both have" in lines[-1]
     table = _table(found, size)
     assert table is not None
-    assert table.header[1:5] == ("here", "draws", "difference to best", "on draws of both")
+    assert table.header[1:5] == ("here", "draws", "difference to best", "shared draws")
     assert [[cell.text for cell in row][2:5:2] for row in table.rows] == [["2", "1"], ["1", "\u2013"], ["any", "1"]]
 
 
