@@ -9,6 +9,7 @@ from pathlib import Path
 from featurepipe.cli.options import (
     add_json,
     add_options,
+    add_quiet,
     add_store,
     define,
     existing_store,
@@ -121,6 +122,7 @@ def add_forget(command: ArgumentParser) -> None:
     )
     option("--id", action="append", default=[], metavar="ID", help="an image; may be repeated")
     add_options(command, ForgetOptions)
+    add_quiet(command)
     add_json(command)
 
 
@@ -131,7 +133,7 @@ def forget(args: Namespace) -> int:
     from featurepipe.curation.options import ForgetOptions
 
     ids = [*(ids_of(args.ids) if args.ids is not None else ()), *args.id]
-    told = remove(existing_store(args), ids, request=args.ids, **options(args, ForgetOptions))
+    told = remove(existing_store(args), ids, request=args.ids, **options(args, ForgetOptions), silent=args.quiet)
     show(args, told, lambda found: forget_text(displayed_values(found)))
     return 1 if told["left"] else 0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from featurepipe.curation.options import ForgetOptions
@@ -27,12 +28,14 @@ from featurepipe.store import FeatureStore, forget_images
 from featurepipe.store.atomic import listed, read_file, read_json
 from featurepipe.store.exports import ABOUT, TABLES, texts_in
 from featurepipe.store.feature_store import is_store
-from featurepipe.store.forget import held_elsewhere, held_ids, is_unfinished
+from featurepipe.store.forget import held_elsewhere, held_ids, is_unfinished, without_blanks
 from featurepipe.store.forgotten import Forgotten
-from featurepipe.store.keys import as_keys, keys_from_arrow, prefixes_of
+from featurepipe.store.keys import Keys, as_keys, keys_from_arrow, prefixes_of
 from featurepipe.store.labels import read_columns
 from featurepipe.store.options import RemovalOptions
+from featurepipe.store.parts import read_array
 from featurepipe.store.snapshots import ids_and_keys
+from featurepipe.store.space import Space
 from featurepipe.store.traces import Removal, is_in_text
 
 HOLDS_ROWS = frozenset({"knn", "rbf-svm", "kernel-ridge"})
@@ -78,10 +81,11 @@ def forget(
         silent: Say nothing on the way.
 
     Returns:
-        The fields of `featurepipe.store.ForgetReport`, and ``dependents``: ``path``, ``kind`` (``bundle``, ``store``, ``page`` or
-        ``table``), ``images`` (how many it is of; None if not counted), and ``why``; ``free_bundles``: paths of the bundles that
-        were looked at and hold none of the images; ``unread``: ``path`` of what could not be read, and ``why``; ``other_files``:
-        how many files of other kinds there are, by suffix, which were not looked into; ``looked_in``.
+        The fields of `featurepipe.store.ForgetReport`; ``blanks``: from how many ids blanks around were taken, since the store
+        knew them only without; ``dependents``: ``path``, ``kind`` (``bundle``, ``store``, ``page`` or ``table``), ``images`` (how
+        many it is of; None if not counted), and ``why``; ``free_bundles``: paths of the bundles that were looked at and hold none
+        of the images; ``unread``: ``path`` of what could not be read or compared, and ``why``; ``other_files``: how many files
+        of other kinds there are, by suffix, which were not looked into; ``looked_in``.
 
     Raises:
         UsageError: An id is nowhere, or the file or a folder to look in cannot be read; nothing is changed.
@@ -99,7 +103,7 @@ def forget(
 
 def _forgotten(
     store: FeatureStore,
-    ids: Iterable[str],
+    given: Iterable[str],
     asked: ForgetOptions,
     request: str | PathLike[str] | None,
     *,
@@ -113,6 +117,7 @@ def _forgotten(
         if not place.exists():
             raise UsageError(f"cannot look in {place}: {unsearchable(place) or 'it is not there'}", option="look_in")
     seen = _Looked()
+    ids, blanks = without_blanks(store, list(given), asked.dataset)
 
     def look(order: Removal) -> None:
         check(order)
@@ -121,7 +126,8 @@ def _forgotten(
     report = forget_images(
         store, ids, **RemovalOptions.of(asked).arguments(), unknown_ok=unknown_ok, before=look, silent=silent
     )
-    return {**asdict(report), "dry_run": asked.dry_run, "looked_in": [str(place) for place in places], **seen.told()}
+    told = {**asdict(report), "dry_run": asked.dry_run, "blanks": blanks, "looked_in": [str(place) for place in places]}
+    return {**told, **seen.told()}
 
 
 def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
@@ -139,7 +145,11 @@ def ids_of(given: Iterable[str] | str | PathLike[str]) -> list[str]:
 
 def _ids_in(path: Path) -> list[str]:
     if path.suffix.lower() in {".csv", ".parquet", ".jsonl"}:
-        return [str(id_) for id_ in read_columns(path).ids.to_pylist()]
+        try:
+            return [str(id_) for id_ in read_columns(path).ids.to_pylist()]
+        except UsageError as error:
+            why = str(error).removeprefix(f"cannot read labels from {path}: ")
+            raise UsageError(f"cannot read ids of {path}: {why}") from error
     try:
         return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -158,12 +168,14 @@ class StandingList:
         dataset: Whose ids they are.
         ids: All of them, each once.
         fresh: Those that were not forgotten before.
+        blanks: From how many blanks around them were taken, since the store does not know them with these.
     """
 
     file: Path
     dataset: str
     ids: tuple[str, ...]
     fresh: tuple[str, ...]
+    blanks: int = 0
 
     @classmethod
     def read(cls, file: Path, store: FeatureStore | None, dataset: str) -> StandingList:
@@ -181,10 +193,12 @@ class StandingList:
         if not os.path.isfile(file):  # noqa: PTH113  # no PermissionError, whatever the version of Python
             why = unsearchable(file) or "the list of images to forget is not there; an empty file is a list of none"
             raise UsageError(f"{file}: {why}", option="ids")
-        ids = tuple(dict.fromkeys(_ids_in(file) if file.stat().st_size else ()))
+        given, blanks = without_blanks(store, _ids_in(file) if file.stat().st_size else (), dataset)
+        ids = tuple(dict.fromkeys(given))
         before = Forgotten() if store is None else Forgotten.of(store.path)
         known = before.has_ids(dataset, ids)
-        return cls(file, dataset, ids, tuple(id_ for id_, is_known in zip(ids, known, strict=True) if not is_known))
+        fresh = tuple(id_ for id_, is_known in zip(ids, known, strict=True) if not is_known)
+        return cls(file, dataset, ids, fresh, blanks)
 
     def told(self) -> dict[str, int]:
         """How many ids there are, and how many of them were forgotten before."""
@@ -367,9 +381,11 @@ def _bundle(path: Path, order: Removal) -> dict[str, Any] | None:
     about = read_json(path / "bundle.json")
     seen = seen_of(read_file(path / SEEN), path / SEEN)
     keys = np.concatenate([order.going.keys, as_keys([bytes.fromhex(key) for key in order.kept])])
-    count = int(np.isin(np.unique(prefixes_of(keys)), seen).sum())
-    names = is_in_text(json.dumps(about), order)
+    ours = np.isin(seen, prefixes_of(keys))
+    ours[~ours] = order.earlier.are_prefixes(seen[~ours])
+    count, names = len(np.unique(seen[ours])), _is_named(json.dumps(about), order)
     if not (count or names):
+        _refuse_untold(order)
         return None
     family = str(about.get("family", about.get("head", "")))
     why = f"trained, tuned or calibrated on {counted(count, 'image')} of them" if count else "its figures name them"
@@ -378,20 +394,50 @@ def _bundle(path: Path, order: Removal) -> dict[str, Any] | None:
     return {"kind": "bundle", "images": count, "why": f"{why}: train it again, then remove this one"}
 
 
+def _refuse_untold(order: Removal) -> None:
+    """Refuses to call a bundle free of images whose keys nobody has any more.
+
+    Raises:
+        UsageError: There are such images.
+    """
+    if order.earlier.untold:
+        raise UsageError(
+            f"the keys are gone of {counted(order.earlier.untold, 'image')} that an earlier version has forgotten, which kept "
+            "nothing to compare bundles with"
+        )
+
+
+def _is_named(text: str, order: Removal) -> bool:
+    """Whether a text names one of the images, or has a key of theirs, also of those that were forgotten before."""
+    return is_in_text(text, order) or order.earlier.are_in(text)
+
+
 def _store(path: Path, order: Removal) -> dict[str, Any] | None:
     count = 0
     for file in listed(path, "snapshots/*/*.parquet"):
-        keys = ids_and_keys(file)["key"].drop_null()
-        count = max(count, int(order.going.contains(keys_from_arrow(keys)).sum()))
-    if not count and not any(
-        space.index().contains(order.going.keys).any() for space in FeatureStore(path, create=False).spaces()
-    ):
+        count = max(count, int(_are_going(keys_from_arrow(ids_and_keys(file)["key"].drop_null()), order).sum()))
+    if not count and not any(_has_rows(space, order) for space in FeatureStore(path, create=False).spaces()):
         return None
     return {
         "kind": "store",
         "images": count or None,
         "why": f"holds their features: featurepipe forget {shlex.quote(str(path))}",
     }
+
+
+def _are_going(keys: Keys, order: Removal) -> npt.NDArray[np.bool_]:
+    """Which keys (n, 32) are of the images, also of those that were forgotten before."""
+    found = order.going.contains(keys)
+    found[~found] = order.earlier.are_keys(keys[~found])
+    return found
+
+
+def _has_rows(space: Space, order: Removal) -> bool:
+    """Whether a space has rows of the images."""
+    if space.index().contains(order.going.keys).any():
+        return True
+    parts = space.parts() if order.earlier.keys else ()
+    return any(order.earlier.are_keys(as_keys(read_array(part, "key"))).any() for part in parts)
 
 
 def _file(path: Path, order: Removal) -> dict[str, Any] | None:
@@ -402,7 +448,7 @@ def _file(path: Path, order: Removal) -> dict[str, Any] | None:
         }
         return {"kind": "table", "images": len(named), "why": "names them"} if named else None
     pages = (html.unescape(text) if suffix == ".html" else text for text in _text_of(path))
-    if not any(is_in_text(text, order) for text in pages):
+    if not any(_is_named(text, order) for text in pages):
         return None
     return {
         "kind": "page" if suffix == ".html" else "table",
@@ -421,6 +467,8 @@ def _text_of(path: Path) -> Iterator[str]:
 def forget_text(told: Mapping[str, Any]) -> str:
     """What ``featurepipe forget`` prints of ``forget``."""
     lines = [*_earlier(told), *(_removed(told) if told["images"] else ())]
+    if told["blanks"]:
+        lines.append(f"{counted(told['blanks'], 'id')} had blanks around, which were left out")
     if told["searched_files"]:
         lines.append(
             f"read back: {counted(told['searched_files'], 'file')}, {size(told['searched_bytes'])}: {_verdict(told)}"
@@ -444,7 +492,9 @@ def forget_text(told: Mapping[str, Any]) -> str:
         kinds = [f"{suffix or 'without a suffix'} ({count:,})" for suffix, count in told["other_files"].items()]
         lines.append(f"not looked into, as files of another kind: {first_names(kinds, 8)}")
     if told["images"] and not told["dependents"]:
-        lines.append(f"depends on them: nothing that run records name{_where_else(told)}")
+        lines.append(
+            f"depends on them: nothing{' else' if told['unread'] else ''} that run records name{_where_else(told)}"
+        )
     return "\n".join(lines)
 
 

@@ -242,6 +242,7 @@ class RunDocument(_Document):
 class _ForgottenImage(_Document):
     id: str
     keys: list[str]
+    prefixes: list[str] = []
     when: Time
 
 
@@ -264,6 +265,7 @@ class ForgettingDocument(_Forgetting):
 
     datasets: Annotated[list[str], Field(min_length=1)]
     refused: list[Annotated[list[str], Field(min_length=3, max_length=3)]]
+    shared: list[Annotated[list[str], Field(min_length=3, max_length=3)]] = []
 
 
 class EarlyForgettingDocument(_Forgetting):

@@ -187,9 +187,30 @@ def is_unfinished(store: FeatureStore) -> bool:
     return is_file(store.path / JOURNAL)
 
 
-def held_ids(store: FeatureStore, ids: Iterable[str], dataset: str) -> frozenset[str]:
+def held_ids(store: FeatureStore, ids: Iterable[str], dataset: str | None) -> frozenset[str]:
     """The ids that the store has something of: a row of a snapshot or part of the dataset, or a reject. Takes no lock."""
-    return frozenset(_held(store, tuple(ids), dataset)[dataset])
+    return frozenset(id_ for of_one in _held(store, tuple(ids), dataset).values() for id_ in of_one)
+
+
+def without_blanks(store: FeatureStore | None, ids: Sequence[str], dataset: str | None) -> tuple[list[str], int]:
+    """Ids without the blanks around them, and of how many these were taken: those that the store knows with them stay.
+
+    Args:
+        store: The store, if there is one. No lock is taken.
+        ids: As people wrote them.
+        dataset: Whose ids they are; None for those of any.
+    """
+    padded = [id_ for id_ in ids if id_ != id_.strip()]
+    meant: set[str] = set()
+    if padded and store is not None:
+        store.check_exists()
+        before = Forgotten.of(store.path)
+        meant.update(held_ids(store, padded, checked_dataset(dataset) if dataset else None))
+        for name in _datasets(store) if dataset is None else (dataset,):
+            known = before.has_ids(name, padded)
+            meant.update(id_ for id_, is_known in zip(padded, known, strict=True) if is_known)
+    taken = set(padded) - meant
+    return [id_.strip() if id_ in taken else id_ for id_ in ids], len(taken)
 
 
 def held_elsewhere(store: FeatureStore, ids: Iterable[str], dataset: str) -> dict[str, int]:
@@ -217,12 +238,15 @@ def _pending(store: FeatureStore) -> Removal | None:
         record = read_document(path, ForgettingDocument)
         datasets, refused = tuple(record["datasets"]), tuple((name, id_, key) for name, id_, key in record["refused"])
     ids, keys, kept = (tuple(record[name]) for name in ("ids", "keys", "kept"))
-    return Removal(datasets, ids, keys, kept, refused, come_back=record["come_back"])
+    shared = tuple((name, id_, key) for name, id_, key in record.get("shared", ()))
+    earlier = Forgotten.of(store.path).traces_of(datasets, ids)
+    return Removal(datasets, ids, keys, kept, refused, shared, come_back=record["come_back"], earlier=earlier)
 
 
 def _journal(order: Removal) -> dict[str, Any]:
     texts = {name: list(getattr(order, name)) for name in ("datasets", "ids", "keys", "kept")}
-    return {**texts, "refused": [list(one) for one in order.refused], "come_back": order.come_back}
+    triples = {name: [list(one) for one in getattr(order, name)] for name in ("refused", "shared")}
+    return {**texts, **triples, "come_back": order.come_back}
 
 
 # What is to go
@@ -260,15 +284,14 @@ def make_order(
     going = tuple(key.hex() for key in keys if key not in others)
     report.keys = len(going)
     refused = [(name, id_, "") for name in names for id_ in (*held[name], *strange)]
-    refused += [
-        (name, id_, key.hex())
-        for name in names
-        for id_, keys_of_it in held[name].items()
-        for key in sorted(keys_of_it)
-        if key not in others
-    ]
+    pairs = [(name, id_, key) for name in names for id_, keys_of_it in held[name].items() for key in sorted(keys_of_it)]
+    refused += [(name, id_, key.hex()) for name, id_, key in pairs if key not in others]
+    shared = tuple((name, id_, key.hex()) for name, id_, key in pairs if key in others)
     keeps = tuple(key.hex() for key in kept)
-    return Removal(names, tuple(ids), going, keeps, tuple(refused), come_back=asked.may_come_back, known=len(places))
+    return Removal(
+        names, tuple(ids), going, keeps, tuple(refused), shared, come_back=asked.may_come_back,
+        earlier=before.traces_of(names, ids), known=len(places),
+    )  # fmt: skip
 
 
 def _nowhere(store: FeatureStore, names: Sequence[str], ids: Sequence[str]) -> UsageError:
@@ -391,13 +414,20 @@ def _refuse_later(store: FeatureStore, order: Removal) -> None:
     """Puts the images on the list of those that extractions refuse, or takes them off it."""
     before = after = Forgotten.of(store.path)
     for dataset in order.datasets:
-        keys_of: dict[str, list[bytes]] = {}
-        for name, id_, key in order.refused:
-            if name == dataset:
-                keys_of.setdefault(id_, []).extend([bytes.fromhex(key)] if key else [])
-        after = after.without_images(dataset, order.ids) if order.come_back else after.with_images(dataset, keys_of)
+        keys_of, shared = _keys_by_id(order.refused, dataset), _keys_by_id(order.shared, dataset)
+        after = (
+            after.without_images(dataset, order.ids) if order.come_back else after.with_images(dataset, keys_of, shared)
+        )
     if after.images != before.images:
         after.write(store.path)
+
+
+def _keys_by_id(triples: Iterable[tuple[str, str, str]], dataset: str) -> dict[str, list[bytes]]:
+    found: dict[str, list[bytes]] = {}
+    for name, id_, key in triples:
+        if name == dataset:
+            found.setdefault(id_, []).extend([bytes.fromhex(key)] if key else [])
+    return found
 
 
 def _rewrite_snapshots(store: FeatureStore, order: Removal, *, dry_run: bool) -> int:

@@ -275,9 +275,11 @@ def _id_column(names: Sequence[str]) -> str | None:
 def _lacks(column: str, names: Sequence[str], where: str) -> UsageError:
     hint = str(unknown("column", column, names)).partition("; ")[2]
     near = f"; {hint}" if hint.startswith("nearest") else ""
+    takes = "It takes" if column == "id" else "Labels take two columns:"
+    further = "" if column == "id" else f", and `{column}`"
     return UsageError(
-        f"{where}: no column `{column}` among {', '.join(names) or 'none'}{near}. Labels take two columns: `id` (or `path`, "
-        f"`file`, `filename`, `image`), as the dataset has the images' ids, and `{column if column != 'id' else 'label'}`"
+        f"{where}: no column `{column}` among {', '.join(names) or 'none'}{near}. {takes} `id` (or `path`, "
+        f"`file`, `filename`, `image`), as the dataset has the images' ids{further}"
     )
 
 

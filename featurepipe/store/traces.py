@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from featurepipe.errors import StoreError
 from featurepipe.progress import show
 from featurepipe.store.atomic import atomic_file, listed, read_file, read_lines, walked, write_json
+from featurepipe.store.forgotten import EarlierTraces
 from featurepipe.store.keys import KEY_BYTES, SortedKeys, as_keys, reject_of
 from featurepipe.store.parts import PartInfo, is_feature, read_array, read_blocks, read_ids, read_part
 from featurepipe.store.snapshots import ids_and_keys
@@ -47,7 +48,9 @@ class Removal:
         keys: Hex of the keys whose rows go.
         kept: Hex of the keys whose rows stay for another id, without id, size and time.
         refused: What the next extractions refuse: dataset, id, and a key (hex, or an empty text).
+        shared: Dataset and id of those keys that stay for another id, and the key (hex).
         come_back: Whether the images may come back.
+        earlier: What is kept of those images that were forgotten before; not kept for who finishes a killed call.
         known: How many of the images the store had something of when it was asked; not kept for who finishes a killed call.
     """
 
@@ -56,7 +59,9 @@ class Removal:
     keys: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     refused: tuple[tuple[str, str, str], ...] = ()
+    shared: tuple[tuple[str, str, str], ...] = ()
     come_back: bool = False
+    earlier: EarlierTraces = EarlierTraces()  # noqa: RUF009 - it never changes
     known: int = 0
 
     @cached_property

@@ -105,6 +105,66 @@ def test_what_depends_on_them_is_named(store, source, tmp_path, capsys):
     assert "none of their keys, features or names" in text
 
 
+def kinds_of(told):
+    return {(entry["kind"], Path(entry["path"]).name): entry["images"] for entry in told["dependents"]}
+
+
+@pytest.fixture
+def trained(store, source, tmp_path):
+    """A bundle and a store of the person's images, and a bundle of others, where no run record names them."""
+    made = tmp_path / "made"
+    featurepipe.train(store, out=tmp_path / "first", dataset="d", head="knn", params={"n_neighbors": 1}, silent=True)
+    labels = {f"{kind}/{number}.png": kind for kind in KINDS[1:] for number in range(3)}
+    featurepipe.train(store, out=tmp_path / "second", dataset="d", head="centroid", labels=labels, silent=True)
+    made.mkdir()
+    (tmp_path / "first").rename(made / "knn")
+    (tmp_path / "second").rename(made / "others")
+    featurepipe.extract(source, made / "store", dataset="e", **OPTIONS)
+    key = {row["id"]: row["key"].hex() for row in store.snapshot("d").to_pylist()}[PERSON[0]]
+    (made / "key.csv").write_text(f"number,key\n1,{key}\n")
+    return made
+
+
+def test_what_was_forgotten_before_is_found_in_bundles_and_stores_still(store, trained):
+    first = forget(store, PERSON, look_in=[trained], dry_run=True, silent=True)
+    assert kinds_of(first).keys() == {("bundle", "knn"), ("store", "store"), ("table", "key.csv")}
+    assert forget(store, PERSON, silent=True)["dependents"] == []
+    again = forget(store, PERSON, look_in=[trained], silent=True)
+    assert (again["known"], again["dependents"], again["unread"]) == (0, first["dependents"], [])
+    assert again["free_bundles"] == [str(trained / "others")]
+    one = forget(store, [*PERSON[:1], "down/0.png"], look_in=[trained], silent=True)
+    assert kinds_of(one)["store", "store"] == 2  # one that was forgotten before, and one that is now
+    assert kinds_of(forget(store, ["across/0.png"], look_in=[trained], silent=True)).keys() == {
+        ("bundle", "knn"), ("bundle", "others"), ("store", "store"),
+    }  # fmt: skip
+
+
+def test_of_images_that_an_earlier_version_forgot_nobody_calls_a_bundle_free(store, trained):
+    forget(store, PERSON, silent=True)
+    file = store.path / "forgotten.json"
+    record = json.loads(file.read_text())
+    for image in record["images"]:
+        assert len(image.pop("prefixes")) == 1
+    file.write_text(json.dumps(record))
+    told = forget(store, PERSON, look_in=[trained], silent=True)
+    assert kinds_of(told).keys() == {("store", "store"), ("table", "key.csv")}  # whole keys were kept always
+    assert told["free_bundles"] == []
+    assert [Path(one["path"]).name for one in told["unread"]] == ["knn", "others"]
+    text = forget_text(told)
+    assert f"cannot tell whether {trained / 'knn'} depends on them: the keys are gone of 2 images" in text
+    assert all("prefixes" not in image for image in json.loads(file.read_text())["images"])
+
+
+def test_bytes_that_stay_for_another_id_are_found_in_bundles_again(store, source, trained):
+    (source / "flat" / "copy.png").write_bytes((source / "flat" / "0.png").read_bytes())
+    featurepipe.extract(source, store, dataset="d", **OPTIONS)
+    first = forget(store, PERSON[:1], look_in=[trained], dry_run=True, silent=True)
+    assert (first["kept_keys"], "forgotten.json" in {path.name for path in store.path.iterdir()}) == (1, False)
+    forget(store, PERSON[:1], silent=True)
+    again = forget(store, PERSON[:1], look_in=[trained], silent=True)
+    assert kinds_of(again)["bundle", "knn"] == kinds_of(first)["bundle", "knn"]
+
+
 def test_features_that_were_handed_on_and_tables_of_any_size_are_named(store, tmp_path, capsys, monkeypatch):
     made = tmp_path / "made"
     made.mkdir()
@@ -233,6 +293,11 @@ def test_a_list_that_stays_may_be_empty_and_of_any_form(store, tmp_path):
 def test_ids_from_files(tmp_path):
     (tmp_path / "a.csv").write_text("id,why\nx/1.png,withdrawn\n2,withdrawn\n")
     (tmp_path / "a.txt").write_text("x/1.png\n a b.png\n")
+    for name, text in (("b.csv", "name,why\nx,y\n"), ("b.jsonl", '{"name": "x"}\n')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UsageError, match=rf"cannot read ids of .*{name}: .*`id`") as raised:
+            ids_of(tmp_path / name)
+        assert "abels" not in str(raised.value)
     assert ids_of(tmp_path / "a.csv") == ["x/1.png", "2"]
     assert ids_of(tmp_path / "a.txt") == ["x/1.png", " a b.png"]
     (tmp_path / "empty.txt").write_text("\n")
@@ -240,3 +305,20 @@ def test_ids_from_files(tmp_path):
         ids_of(tmp_path / "empty.txt")
     with pytest.raises(UsageError, match="cannot read ids"):
         ids_of(tmp_path / "absent.txt")
+
+
+def test_blanks_around_an_id_are_left_out_unless_the_store_knows_it_so(store, source, tmp_path, capsys):
+    picture(KINDS[0], 8).save(source / " own.png")
+    featurepipe.extract(source, store, dataset="d", **OPTIONS)
+    asked = tmp_path / "ids.txt"
+    asked.write_text("flat/0.png \n\tflat/1.png\n own.png\n")
+    listed = StandingList.read(asked, store, "d")
+    assert (listed.ids, listed.blanks) == ((*PERSON, " own.png"), 2)
+    assert StandingList.read(asked, None, "d").ids == (*PERSON, "own.png")
+    assert main(["forget", str(store.path), "--ids", str(asked), "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert "3 images of dataset d\nremoved: 3 rows" in out
+    assert "2 ids had blanks around, which were left out\n" in out
+    assert err == ""
+    assert forget(store, [" own.png"], silent=True)["blanks"] == 0  # as it was forgotten with it
+    assert "own.png" not in {id_.strip() for id_ in store.snapshot("d")["id"].to_pylist()}

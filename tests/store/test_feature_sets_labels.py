@@ -150,7 +150,7 @@ def test_columns_that_are_missing_are_named(features, tmp_path):
         UsageError, match=r"the table: no column `label` among id, labels; nearest: labels\. Labels take two"
     ):
         features.with_labels(pa.table({"id": ["a"], "labels": ["x"]}))
-    with pytest.raises(UsageError, match=r"the table: no column `id` among name, label\. Labels take two"):
+    with pytest.raises(UsageError, match=r"the table: no column `id` among name, label\. It takes `id`"):
         features.with_labels(pa.table({"name": ["a"], "label": ["x"]}))
     with pytest.raises(UsageError, match="the table: row 2 has no id"):
         features.with_labels(pa.table({"id": ["a", None], "label": ["x", "y"]}))

@@ -40,6 +40,8 @@ def forget(night: Night, table: ForgetTable) -> dict[str, Any]:
 
     listed = StandingList.read(table.ids, night.store, night.dataset)
     name = table.ids.name
+    if listed.blanks:
+        night.say(f"{counted(listed.blanks, 'id')} in {name} had blanks around, which were left out")
     if not listed.fresh and not is_unfinished(night.store):
         return {**listed.told(), "skipped": _nothing_new(listed.told(), name)}
 
