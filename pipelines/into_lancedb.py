@@ -1,12 +1,13 @@
 """Features of a store in a table of LanceDB, kept up to date: run it after each night.
 
-    featurepipe run pipelines/nightly.toml && python pipelines/into_lancedb.py pipelines/out/features --to pipelines/out/lancedb
+    featurepipe run pipelines/nightly.toml; python pipelines/into_lancedb.py pipelines/out/features --to pipelines/out/lancedb
 
+It runs after any night, whatever the exit code: with ``&&`` it would miss those with a few images that could not be used (3).
 A copy of this file is yours to change: other columns, an index, a filter. Needs ``pip install lancedb``.
 
 The table is compared with the current snapshot by id and key (SHA-256 of the bytes), so it needs no note of the night before:
 what is new, changed or relabelled is written, what is gone is deleted, forgotten images too. Vectors of two feature spaces
-are never mixed: the table's name has the space's fingerprint.
+or columns are never mixed: the table keeps the space's fingerprint and the column in its schema's metadata, and takes no other.
 
 LanceDB keeps earlier versions of a table for queries that are running, and marks deleted rows before it removes them from its
 files. Versions older than VERSIONS go in each run. ``--purge``, after images were forgotten, writes the whole table anew and
@@ -27,6 +28,7 @@ import lancedb
 import pyarrow as pa
 
 import featurepipe as fp
+from featurepipe.errors import UsageError
 from featurepipe.store import FeatureSet
 from featurepipe.store.exports import behind
 from featurepipe.store.keys import keys_to_arrow
@@ -37,10 +39,27 @@ VERSIONS = timedelta(hours=1)  # how long what was deleted can still be queried
 
 
 def schema_of(features: FeatureSet) -> pa.Schema:
-    """What a row is: id, key, label, split and the vector."""
+    """What a row is: id, key, label, split and the vector; and whose vectors they are."""
     texts = [pa.field(name, pa.string()) for name in ("id", "label", "split")]
-    return pa.schema(
-        [*texts, pa.field("key", pa.binary()), pa.field("vector", pa.list_(pa.float32(), features.shape[1]))]
+    vector = pa.field("vector", pa.list_(pa.float32(), features.shape[1]))
+    about = {"space": features.space_fingerprint, "column": features.column}
+    return pa.schema([*texts, pa.field("key", pa.binary()), vector], metadata=about)
+
+
+def check_space(rows: Any, features: FeatureSet, own_name: str) -> None:
+    """Refuses vectors of another feature space or column than the table's.
+
+    Raises:
+        UsageError: They are of another; or it is not known, as of tables by names of their own that earlier recipes made.
+    """
+    noted = {name.decode(): value.decode() for name, value in (rows.schema.metadata or {}).items()}
+    held, ours = (noted.get("column"), noted.get("space")), (features.column, features.space_fingerprint)
+    if held == ours or (held == (None, None) and (rows.name == own_name or not rows.count_rows())):
+        return
+    of = "another table, or an earlier recipe" if held == (None, None) else f"{held[0]} of feature space {held[1]}"
+    raise UsageError(
+        f"table {rows.name} has vectors of {of}, and these are {ours[0]} of feature space {ours[1]}: vectors of two are never "
+        "mixed; give another --table, or drop that one"
     )
 
 
@@ -79,12 +98,21 @@ def bring_up_to_date(
     table: str | None = None,
     purge: bool = False,
 ) -> dict[str, Any]:
-    """Makes a table equal the current snapshot; returns its name, how many rows it has, and what changed."""
+    """Makes a table equal the current snapshot; returns its name, how many rows it has, and what changed.
+
+    Raises:
+        UsageError: The table has vectors of another feature space or column; nothing is changed.
+    """
     features = store.features(dataset or store.only_dataset(), node=node, backbone=backbone)
     parts = (features.origin.dataset, features.space_fingerprint[:12], features.column)
-    name = table or re.sub(r"[^A-Za-z0-9_.-]", "-", "-".join(parts))
+    own_name = re.sub(r"[^A-Za-z0-9_.-]", "-", "-".join(parts))
     database = lancedb.connect(to)
-    rows = database.create_table(name, schema=schema_of(features), exist_ok=True)
+    name = table or own_name
+    try:
+        rows = database.open_table(name)
+    except (FileNotFoundError, ValueError):  # which of them it is depends on where the tables are
+        rows = database.create_table(name, schema=schema_of(features))
+    check_space(rows, features, own_name)
     held = rows.search().select(["id", "key", "label", "split"]).limit(max(1, rows.count_rows())).to_arrow()
     found = behind(features, held.set_column(held.column_names.index("key"), "key", held["key"].cast(pa.binary(32))))
     gone = found.gone["id"].to_pylist()

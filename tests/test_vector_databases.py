@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from featurepipe.errors import UsageError
 from featurepipe.store import FeatureStore, forget_images
 from featurepipe.store.snapshots import SCHEMA
 
@@ -77,6 +78,29 @@ def check_nights(store, sync, read):
     assert sorted(read()) == ["b'", "d", "twin"]
 
 
+def mixed(store, sync, read):
+    """One table of two feature spaces, and of two columns: the second is refused, whatever its width, and nothing changes."""
+    night(store, NIGHTS[0], "cat")
+    other, run = store.open_space({"dtype": "float32", "net": "y"}, backbone="y"), store.new_run_id()
+    with other.writer(run, dataset="d") as writer:
+        keys = np.frombuffer(b"".join(key_of(content) for content in ("a1", "b1", "c1")), np.uint8).reshape(-1, 32)
+        values = {"f:gap": np.full((3, 48), 5, np.float32), "g:gap": np.full((3, 8), 5, np.float32)}
+        writer.add(keys, ["a", "b'", "c"], [1] * 3, [1] * 3, values)
+    assert sync(backbone="x", node="f")["new"] == 4
+    before = read()
+    spaces = [store.features("d", "f", backbone=name).space_fingerprint for name in "xy"]
+    for backbone, node in (("y", "f"), ("y", "g")):
+        with pytest.raises(
+            UsageError, match=f"f:gap of feature space {spaces[0]}, .*{node}:gap of feature space {spaces[1]}"
+        ):
+            sync(backbone=backbone, node=node)
+    assert sync(backbone="x", node="f")["new"] == 0
+    after = read()
+    assert after.keys() == before.keys()
+    for id_ in before:
+        np.testing.assert_array_equal(after[id_][0], before[id_][0])
+
+
 def holding(folder, content):
     """The files with some bytes in them."""
     return [file for file in folder.rglob("*") if file.is_file() and content in file.read_bytes()]
@@ -120,4 +144,48 @@ def test_qdrant_has_what_the_store_has(tmp_path):
         return {point.payload["id"]: (np.float32(point.vector), point.payload["label"]) for point in points}
 
     check_nights(store, lambda: into_qdrant.bring_up_to_date(store, client, node="f", distance="euclid"), read)
+    client.close()
+
+
+def test_lancedb_takes_no_other_feature_space(tmp_path):
+    import lancedb
+
+    into_lancedb, store, to = recipe("into_lancedb"), FeatureStore(tmp_path / "store"), str(tmp_path / "lance")
+
+    def read():
+        rows = lancedb.connect(to).open_table("t").to_arrow().to_pylist()
+        return {row["id"]: (np.float32(row["vector"]), row["label"]) for row in rows}
+
+    mixed(store, lambda **which: into_lancedb.bring_up_to_date(store, to, table="t", **which), read)
+    features = store.features("d", "f", backbone="x")
+    parts = ("d", features.space_fingerprint[:12], "f-gap")
+    for name in ("earlier", "-".join(parts)):  # tables of recipes that kept no note of the space
+        rows = next(into_lancedb.blocks(features)).slice(0, 1)
+        lancedb.connect(to).create_table(name, rows.replace_schema_metadata(None))
+    with pytest.raises(UsageError, match="table earlier has vectors of another table, or an earlier recipe"):
+        into_lancedb.bring_up_to_date(store, to, backbone="x", node="f", table="earlier")
+    told = into_lancedb.bring_up_to_date(store, to, backbone="x", node="f")  # its name has the space
+    assert (told["table"], told["rows"], told["new"]) == ("-".join(parts), 4, 3)
+
+
+def test_qdrant_takes_no_other_feature_space(tmp_path):
+    from qdrant_client import QdrantClient
+
+    into_qdrant, store = recipe("into_qdrant"), FeatureStore(tmp_path / "store")
+    client = QdrantClient(path=str(tmp_path / "qdrant"))
+
+    def sync(**which):
+        return into_qdrant.bring_up_to_date(store, client, distance="euclid", **which)
+
+    def read():
+        points, _ = client.scroll("t", limit=100, with_vectors=True)
+        return {point.payload["id"]: (np.float32(point.vector), point.payload["label"]) for point in points}
+
+    mixed(store, lambda **which: sync(collection="t", **which), read)
+    own = sync(backbone="x", node="f")["collection"]
+    for name in ("t", own):  # as a recipe that kept no note of the space left them
+        client.delete_payload(name, ["space", "column"], points=[into_qdrant.point_of("a")])
+    with pytest.raises(UsageError, match="collection t has vectors of something else, or an earlier recipe"):
+        sync(backbone="x", node="f", collection="t")
+    assert sync(backbone="x", node="f")["new"] == 0
     client.close()
