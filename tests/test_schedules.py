@@ -25,6 +25,7 @@ def test_systemd_accepts_the_units(tmp_path: Path, spoilt: str) -> None:
     for file in sorted(SCHEDULE.glob("featurepipe-*.[st][ei][rm]*")):
         text = file.read_text()
         program = "/nowhere/featurepipe" if spoilt == "ExecStart" else sys.executable
+        text = text.replace("# ExecStart=", "ExecStart=")  # a recipe after the night
         text = re.sub(r"^ExecStart=/opt/\S+", f"ExecStart={program}", text, flags=re.MULTILINE)
         units.append(tmp_path / file.name)
         units[-1].write_text(text.replace(" 02:00:00", " 26:00:00") if spoilt == "OnCalendar" else text)
@@ -73,6 +74,43 @@ def test_cron_mails_failures_and_nothing_else(tmp_path: Path, line: int, code: i
     assert log.read_text() == f"said {what}\nwarned\n"
 
 
+@pytest.mark.parametrize(("code", "after", "ends"), [(0, 0, 0), (3, 0, 0), (75, 0, 0), (3, 1, 1), (4, 0, 4), (4, 1, 4)])
+def test_cron_runs_what_is_to_run_after_any_night(tmp_path: Path, code: int, after: int, ends: int) -> None:
+    """The commented line of the crontab, with a recipe's command: it runs after nights with rejects, and its failure is told."""
+    [named] = re.findall(r"^# AFTER=(.+)$", (SCHEDULE / "featurepipe.crontab").read_text(), flags=re.MULTILINE)
+    for name, ending in (("featurepipe", code), ("python", after)):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"; exit {ending}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PLACE": str(tmp_path), "AFTER": named}
+    done = subprocess.run(
+        ["sh", "-c", cron_lines()[0][1]], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr, bool(done.stdout)) == (ends, "", ends != 0)
+    if ends:
+        assert f": exit code {code}, and {after} of {named}; the end of {tmp_path}/logs/" in done.stdout
+    (log,) = (tmp_path / "logs").iterdir()
+    assert log.read_text() == f"featurepipe run nightly.toml --log-format json\n{named}\n"
+
+
+PAGES = ("docs/removing-images.md", "pipelines/into_lancedb.py", "pipelines/into_qdrant.py")
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("code", [0, 3, 4])
+def test_recipes_run_after_nights_with_rejects_as_pages_have_it(tmp_path: Path, page: str, code: int) -> None:
+    """A night ends with 3 as long as one image of the source cannot be used; the lines are run as they stand there."""
+    lines = re.findall(r"^ *(featurepipe run .*into_.*)$", (PACKAGE.parent / page).read_text(), flags=re.MULTILINE)
+    assert len(lines) == (2 if page.startswith("docs") else 1)
+    for name, ending in (("featurepipe", code), ("python", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name}; exit {ending}\n")
+        (tmp_path / name).chmod(0o755)
+    for line in lines:
+        done = subprocess.run(
+            ["sh", "-c", line], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=False
+        )
+        assert done.stdout == "featurepipe\npython\n"
+
+
 def test_alerts_are_of_figures_that_there_are() -> None:
     yaml = pytest.importorskip("yaml")
     (group,) = yaml.safe_load((SCHEDULE / "featurepipe-alerts.yaml").read_text())["groups"]
@@ -111,6 +149,26 @@ def container_script() -> str:
     night = re.compile(r"^featurepipe run \S+ --log-format json &", re.MULTILINE)
     assert len(night.findall(script)) == 1
     return night.sub("$NIGHT &", script)
+
+
+@pytest.mark.parametrize(
+    ("code", "after", "seen"), [(0, 0, 0), (3, 0, 0), (75, 0, 0), (3, 1, 1), (4, None, 4), (143, None, 143)]
+)
+def test_the_container_runs_a_recipe_after_a_night_with_rejects(
+    tmp_path: Path, code: int, after: int | None, seen: int
+) -> None:
+    """The commented line of the script, with a recipe; what was killed or failed ends as it did."""
+    [line] = re.findall(r"^# (case .*)$", container_script(), flags=re.MULTILINE)
+    (tmp_path / "night.sh").write_text(f"exit {code}\n")
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@"; exit {after}\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-c", container_script().replace(f"# {line}", line)],
+        env={"NIGHT": f"/bin/sh {tmp_path / 'night.sh'}", "PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == seen
+    assert ("into_qdrant.py" in done.stdout) == (after is not None)
 
 
 @pytest.mark.parametrize(("code", "seen"), [(0, 0), (1, 1), (3, 0), (4, 4), (75, 0)])
