@@ -40,6 +40,8 @@ FENCE = 1.5
 class, or of all: the upper fence of Tukey 1977, "Exploratory Data Analysis". That number ranks the images, too, so that outliers
 come first whichever class they are of: 1.3 times the usual is far in a class of look-alikes, and near in one of many kinds."""
 _LEAST = 20  # images of a class that others of it are compared with
+_USUAL = 1_000  # images of each class, at most, whose distances from each other tell how far new ones may lie
+_USUAL_LEAST = 100  # of many classes
 _AGAIN = 1024  # of those that lie farthest, compared with all
 _BLOCK_ROWS = 128  # of a class, whose distances to thousands of others stay in the processor's cache
 _AXES = 256
@@ -123,7 +125,8 @@ def outliers(
     Args:
         store: The feature store or its path.
         by: ``all``: far from all other images; ``class``: far from the other images of its class.
-        since: A snapshot (``previous``, ``first``, a run id): images that are new since then, by their distance from its images.
+        since: A snapshot (``previous``, ``first``, a run id): images that are new since then, by their distance from its images;
+            what is usual are the distances of its images from each other.
         neighbours: Which neighbour, k.
         limit: The most images to list, in the result, as text and on a page (there up to 1,000); None for all.
         seed: Of what is drawn.
@@ -241,6 +244,9 @@ def find_outliers(
 ) -> Outliers:
     """Ranks images by the distance to the k-th nearest of others of their group.
 
+    What is usual is told by their own distances or, of new images, which are not among the others, by the distances of (some of)
+    the others from each other: one new image, or many that are all strange, can be judged then.
+
     Args:
         features: n images.
         asked: (a,) rows that are ranked.
@@ -257,12 +263,16 @@ def find_outliers(
     """
     count = np.bincount(group[others][group[others] >= 0], minlength=int(group.max(initial=0)) + 1)
     itself = np.isin(asked, others)
-    enough = (group[asked] >= 0) & (count[np.maximum(group[asked], 0)] - itself >= neighbours)
-    rows, unchecked = asked[enough], asked[~enough]
-    if not len(rows):
+    are_new = not itself.all()
+    enough = (group[asked] >= 0) & (count[np.maximum(group[asked], 0)] - (itself | are_new) >= neighbours)
+    ranked, unchecked = asked[enough], asked[~enough]
+    if not len(ranked):
         raise UsageError(
             f"no image has {neighbours} others to be compared with; label more images, or give a smaller number"
         )
+    usual = _usual_rows(others, group, np.unique(group[ranked]), seed) if are_new else ranked
+    rows = np.union1d(ranked, usual)
+    is_ranked, is_usual = np.isin(rows, ranked), np.isin(rows, usual)
     drawn = _reference(others, group, np.random.default_rng(seed))
     share = np.array([len(one) for one in drawn]) / np.maximum(count, 1)
     kth = np.maximum(1, np.rint(neighbours * share)).astype(np.int64)
@@ -278,21 +288,32 @@ def find_outliers(
         own[one] = np.arange(len(one))
     beside = np.stack([group[rows], own[rows]])
     apart = np.concatenate(row_shards_of(values.take(rows)).beside(beside).map(work))
-    middle = _medians(apart, group[rows], len(count))
+    middle = _medians(apart[is_usual], group[rows[is_usual]], len(count))
     is_drawn = (share < 1).any()
     if is_drawn:
-        farthest = _farthest(_above_usual(apart / middle[group[rows]], group[rows]), apart)[:again]
-        some = _some(group[rows], seed)
+        farthest = _farthest(_above_usual(apart / middle[group[rows]], group[rows], is_usual), apart)
+        farthest = farthest[is_ranked[farthest]][:again]
+        places = np.flatnonzero(is_usual)
+        some = places[_some(group[rows[places]], seed)]
         both = np.union1d(farthest, some)
         exact = _compared_with_all(values, rows[both], others, group, neighbours, distance)
-        usual = _medians(exact[np.searchsorted(both, some)], group[rows[some]], len(count))
-        apart = np.maximum(apart * (usual / middle)[group[rows]], 0)
-        apart[farthest], middle = exact[np.searchsorted(both, farthest)], usual
+        true = _medians(exact[np.searchsorted(both, some)], group[rows[some]], len(count))
+        apart = np.maximum(apart * (true / middle)[group[rows]], 0)
+        apart[farthest], middle = exact[np.searchsorted(both, farthest)], true
     score = apart / middle[group[rows]]
-    above = _above_usual(score, group[rows])
+    above = _above_usual(score, group[rows], is_usual)
     order = _farthest(above, score)
+    order = order[is_ranked[order]]
     total = sum(map(len, drawn)) if is_drawn else 0
     return Outliers(rows[order], apart[order], score[order], above[order], above[order] > FENCE, unchecked, total)
+
+
+def _usual_rows(others: Positions, group: Positions, numbers: Positions, seed: int) -> Positions:
+    """Some rows of each of these groups, drawn at random, that new images are judged by: their distances are the usual ones."""
+    rng = np.random.default_rng(seed)
+    most = min(_USUAL, max(_USUAL_LEAST, REFERENCE // len(numbers)))
+    found = [others[group[others] == number] for number in numbers]
+    return np.sort(np.concatenate([rng.permutation(rows)[:most] for rows in found]))
 
 
 def _reference(others: Positions, group: Positions, rng: np.random.Generator) -> list[Positions]:
@@ -461,13 +482,13 @@ def _medians(apart: Doubles, group: Positions, groups: int) -> Doubles:
     return middle
 
 
-def _above_usual(score: Doubles, group: Positions) -> Doubles:
-    """(n,) interquartile ranges that the logarithm of each score lies above the third quartile of its group."""
+def _above_usual(score: Doubles, group: Positions, is_usual: npt.NDArray[np.bool_] | None = None) -> Doubles:
+    """(n,) interquartile ranges that the logarithm of each score lies above the third quartile of (the usual of) its group."""
     above = np.zeros(len(score))
     logs = np.log(np.maximum(score, 1e-9))
     for number in np.unique(group):
         inside = group == number
-        first, third = np.quantile(logs[inside], [0.25, 0.75])
+        first, third = np.quantile(logs[inside if is_usual is None else inside & is_usual], [0.25, 0.75])
         above[inside] = (logs[inside] - third) / max(third - first, 1e-6)
     return above
 
@@ -521,7 +542,7 @@ def _document(features: FeatureSet, values: Blocks, found: Outliers, options: Ou
     paragraphs = [
         f"{how_many} of {counted(len(found.rows), 'image')} of {features.origin.dataset}. Shown are those farthest from {of} by "
         f"the features at {features.named_column}, by the distance to neighbour {options.neighbours} (1 is the nearest).",
-        f"{_rule(options.by)} What is usual is the median.",
+        f"{_rule(options.by, options.since)} What is usual is the median.",
         f"Each image is followed by the {_NEIGHBOURS} nearest to it{of_any}. {DISTANCES[options.distance]}",
     ]
     if options.since is not None:
@@ -533,9 +554,10 @@ def _document(features: FeatureSet, values: Blocks, found: Outliers, options: Ou
     return {"kind": "images", "version": 1, "title": "Outliers", "paragraphs": paragraphs, "groups": groups}
 
 
-def _rule(by: str) -> str:
+def _rule(by: str, since: str | None) -> str:
     """Which images are outliers, in a sentence."""
     of = "its class" if by == CLASS else "all"
+    of += " that were there before, from each other" if since else ""
     return (
         f"An outlier lies more than {FENCE} IQR above the third quartile of the distances of {of}, in logarithms (Tukey's fence; "
         "IQR is the interquartile range). Images are ranked by how many IQR they lie above it."
@@ -551,7 +573,7 @@ def outliers_text(found: Mapping[str, Any]) -> str:
     of = "their class" if found["by"] == CLASS else "all others"
     of = f"what was there at {found['since']}" if found["since"] and found["by"] != CLASS else of
     lines = [
-        f"{found['dataset']}: {counted(found['count'], 'outlier')} of {found['images']:,} images, far from {of} by "
+        f"{found['dataset']}: {counted(found['count'], 'outlier')} of {counted(found['images'], 'image')}, far from {of} by "
         f"{column_text(found)} ({found['distance']})"
     ]
     if found["copies"]:
@@ -570,6 +592,6 @@ def outliers_text(found: Mapping[str, Any]) -> str:
     ]
     lines += ["", table(["id", "label", "distance", "times the usual", "IQR above", "outlier"], rows)]
     if found["images"] > found["count"]:
-        lines.append(_rule(found["by"]))
+        lines.append(_rule(found["by"], found["since"]))
     lines += more_text(found["images"] - len(rows), found["files"], has_limit=True)
     return "\n".join([*lines, *files_text(found["files"])])

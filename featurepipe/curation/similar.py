@@ -361,7 +361,7 @@ def _lines(row: Mapping[str, Any]) -> list[str]:
 def similar_text(found: Mapping[str, Any]) -> str:
     """Sums up what `similar` returns, as plain text."""
     lines = [
-        f"{found['dataset']}: {found['images']:,} images compared by {column_text(found)} of {found['space']} "
+        f"{found['dataset']}: {counted(found['images'], 'image')} compared by {column_text(found)} of {found['space']} "
         f"({found['distance']})",
         f"search: {found['search']} ({found['why']}){_recall(found)}",
         *(f"WARNING: {text}" for text in found["warnings"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurepipe.display import first_names, named_columns, share, table
+from featurepipe.display import counted, first_names, named_columns, share, table
 from featurepipe.monitoring.standing_warnings import prediction_tests
 
 _IDS = 5
@@ -100,7 +100,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
         fails = f", drift below {limits['fail']:g}" if limits["fail"] is not None else ""
         lines = [
             f"{lines[0]} (least adjusted p-value {_p(least)}; a warning below {limits['warn']:g}{fails})",
-            f"{images['new']:,} images new since {found['reference']}, which has {images['reference']:,}",
+            f"{counted(images['new'], 'image')} new since {found['reference']}, which has {images['reference']:,}",
         ]
         if groups := found["groups"]:
             counts = f"{groups['new']:,} new against {groups['reference']:,} of the reference"

@@ -228,6 +228,58 @@ def test_new_images_are_compared_with_those_of_the_snapshot_before(planted):
         outliers(planted.store, since="previous", silent=True)
 
 
+def night_of(pile, names, direction, spread=1.0, label="a", seed=0, count=None):
+    rng = np.random.default_rng(seed)
+    names = [f"{names}{n}.png" for n in range(count)] if count else [names]
+    values = 10 * np.eye(8)[direction] + spread * rng.normal(size=(len(names), 8))
+    rows = pile.add_rows(names, values.astype("f4"))
+    for name in names:
+        pile.images[name]["label"] = label
+    pile.night({"b:gap": rows})
+
+
+@pytest.mark.parametrize("by", ["all", "class"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_new_images_are_judged_by_what_is_usual_among_earlier_ones(pile, monkeypatch, by, drawn):
+    monkeypatch.setattr(module, "_USUAL", 150)
+    if drawn:
+        monkeypatch.setattr(module, "REFERENCE", 120)
+        monkeypatch.setattr(module, "_USUAL_LEAST", 150)
+    night_of(pile, "old", 0, count=300)
+    if by == "class":
+        night_of(pile, "wide", 1, 4.0, "b", count=100, seed=5)
+
+    def found():
+        return outliers(pile.store, by=by, since="previous", silent=True)
+
+    night_of(pile, "usual", 0, count=40, seed=1)
+    usual = found()
+    assert usual["count"] <= 2
+    assert np.median([one["score"] for one in usual["outliers"]]) == pytest.approx(1, abs=0.25)
+    night_of(pile, "one-usual.png", 0, seed=2)
+    one = found()
+    assert (one["images"], one["count"]) == (1, 0)
+    assert "0 outliers of 1 image, far from " in outliers_text(one)
+    of = "its class" if by == "class" else "all"
+    assert f"third quartile of the distances of {of} that were there before, from each other, in" in outliers_text(one)
+    night_of(pile, "alien.png", 3, seed=3)
+    alien = found()
+    assert (alien["images"], alien["count"]) == (1, 1)
+    assert alien["outliers"][0]["above"] > (3 if drawn else 5)
+    night_of(pile, "aliens", 4, count=30, seed=4)
+    assert (found()["images"], found()["count"]) == (30, 30)
+
+
+def test_of_a_class_with_as_few_earlier_images_as_neighbours_nothing_is_usual(pile):
+    night_of(pile, "a", 0, count=30)
+    night_of(pile, "few", 1, label="few", count=5, seed=1)
+    night_of(pile, "new.png", 1, label="few", seed=2)
+    night_of(pile, "second.png", 0, label="a", seed=3)
+    found = outliers(pile.store, by="class", since=pile.store.snapshot_ids("pile")[1], silent=True)
+    assert [one["id"] for one in found["outliers"]] == ["second.png"]
+    assert found["unchecked"] == 1
+
+
 def test_spread_rows_give_the_same(planted, monkeypatch):
     expected = outliers(planted.store, by="class", neighbours=3, silent=True)
 
@@ -246,6 +298,15 @@ def test_spread_rows_give_the_same(planted, monkeypatch):
     monkeypatch.setattr(module, "row_shards_of", TwoShards)
     found = outliers(planted.store, by="class", neighbours=3, silent=True)
     assert found["outliers"] == expected["outliers"]
+    values, _ = blobs(6, seed=1)
+    planted.night({"b:gap": planted.add_rows([f"new{n}.png" for n in range(6)], values)})
+    found = outliers(planted.store, since="previous", neighbours=3, silent=True)
+    monkeypatch.undo()
+    expected = outliers(planted.store, since="previous", neighbours=3, silent=True)
+    assert found["images"] == 6
+    for one, other in zip(found["outliers"], expected["outliers"], strict=True):
+        assert (one["id"], one["outlier"]) == (other["id"], other["outlier"])
+        assert one["above"] == pytest.approx(other["above"], abs=1e-4)
 
 
 def test_the_page_the_file_and_the_command(planted, tmp_path, cli):
