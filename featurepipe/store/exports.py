@@ -29,7 +29,7 @@ from featurepipe.store.feature_store import FeatureStore
 from featurepipe.store.keys import KEY_BYTES, keys_to_arrow
 from featurepipe.store.labelled_images import ROLES
 from featurepipe.store.locks import starts_again
-from featurepipe.store.options import EVERY_COLUMN, ROWS_PER_FILE, ExportOptions, RoleOptions
+from featurepipe.store.options import EVERY_COLUMN, GROUP, ROWS_PER_FILE, ExportOptions, RoleOptions, is_file_of_groups
 from featurepipe.store.roles import with_roles
 from featurepipe.store.snapshots import OK, SnapshotDifference, difference, snapshot_of_run
 from featurepipe.store.views import FeatureSet
@@ -342,7 +342,13 @@ def _synced(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def export_dataset(
-    store: FeatureStore, node: str, to: str | Path, *, silent: bool = False, **options: Any
+    store: FeatureStore,
+    node: str,
+    to: str | Path,
+    *,
+    silent: bool = False,
+    labels_changed: bool | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Writes one column of a dataset's features, of all images or of those that changed since an earlier snapshot.
 
@@ -351,6 +357,9 @@ def export_dataset(
         node: Which column, as ``FeatureStore.features`` takes it.
         to: A file, or without a suffix a folder of Parquet files; see `export`.
         silent: Say nothing.
+        labels_changed: With ``since`` or ``new``, whether ``labels`` or a file of groups says something else of the earlier
+            snapshot's images than when they were handed on: then every image counts as relabelled. The store does not
+            know it, so with such a file, None is refused.
         options: Those of `ExportOptions`.
 
     Returns:
@@ -366,9 +375,31 @@ def export_dataset(
     """
     asked, path = ExportOptions(**options), Path(to)
     check_target(path)
+    if labels_changed is None and (asked.new or asked.since is not None):
+        _check_labels(asked)
     dataset = asked.dataset or store.only_dataset()
     say = announcer(silent=silent)
-    return _exported(store, node, path, dataset, asked, say, snapshot=asked.snapshot, since=asked.since)
+    every = bool(labels_changed)
+    return _exported(store, node, path, dataset, asked, say, snapshot=asked.snapshot, since=asked.since, every=every)
+
+
+def _check_labels(asked: ExportOptions) -> None:
+    """Refuses labels or groups of a file where changes are asked for: a correction in it would not be among them.
+
+    Raises:
+        UsageError: There is such a file.
+    """
+    groups = asked.group if asked.group is not None and is_file_of_groups(asked.group) else None
+    for name, file in (("labels", asked.labels), ("group", groups)):
+        if file is not None:
+            given = Option(name, str(file)) if isinstance(file, str | Path) else Option(name)
+            raise UsageError(
+                Message(
+                    given, ": what it said when the earlier snapshot was handed on is not known, and corrections in it would be "
+                    "missed; export all images, extract a manifest with these columns (nothing is computed again), or use "
+                    '[[export]] of a job with images = "new", which keeps a checksum of what it handed on',
+                )
+            )  # fmt: skip
 
 
 @starts_again
@@ -382,6 +413,7 @@ def _exported(
     *,
     snapshot: str | None,
     since: str | None,
+    every: bool,
 ) -> dict[str, Any]:
     """Exports; ``snapshot`` and ``since`` are those asked for, which `starts_again` does not ask for twice if there are none."""
     features = store.features(dataset, node=node, backbone=asked.backbone, snapshot=snapshot)
@@ -394,7 +426,8 @@ def _exported(
     names = _further(store, dataset, snapshot, asked.metadata)
     if since is not None:
         split = None if asked.split is None else features.table["split"][0].as_py()
-        found = _difference(store, dataset, snapshot, since, names, split)
+        compared = {*names.values(), *_role_columns(asked, store.further_columns(dataset, snapshot))}
+        found = _difference(store, dataset, snapshot, since, compared, split, every=every)
         features = features.take(np.flatnonzero(pc.is_in(features.table["id"], found.fresh).to_numpy()))
         about["since"] = since
     elif not len(features):
@@ -457,20 +490,42 @@ def previous_snapshot(store: FeatureStore, dataset: str, snapshot: str) -> str:
 
 
 def _difference(
-    store: FeatureStore, dataset: str, snapshot: str, since: str, names: Mapping[str, str], split: str | None
+    store: FeatureStore,
+    dataset: str,
+    snapshot: str,
+    since: str,
+    names: Iterable[str],
+    split: str | None,
+    *,
+    every: bool,
 ) -> SnapshotDifference:
-    """What differs between two snapshots in what is exported of a split."""
+    """What differs between two snapshots in what is exported of a split; ``every`` image of the later one, if that is known."""
     columns = ["id", "key", "label", "split", "status"]
-    further = [name for name in names.values() if name.startswith(KEPT_COLUMN)]
+    further = [name for name in names if name.startswith(KEPT_COLUMN)]
     there = set(store.further_columns(dataset, since))
     both = [name for name in further if name.removeprefix(KEPT_COLUMN) in there]
     now, then = (store.snapshot(dataset, run, columns=[*columns, *both]) for run in (snapshot, since))
     if now is None or then is None:
         raise StoreMoved(f"a snapshot of dataset {dataset} is gone")
     found = difference(*(_of_split(table, split) for table in (now, then)))
-    if len(both) < len(further):  # a column that is new is new of every image
+    if every or len(both) < len(further):  # a column that is new is new of every image
         return found.with_all(_of_split(now, split))
     return found
+
+
+def _role_columns(asked: ExportOptions, kept: list[str]) -> Iterator[str]:
+    """The manifest's columns that say something of images that is exported, as a snapshot names them."""
+    roles = (
+        asked.label,
+        asked.group or GROUP,
+        asked.split_column,
+        asked.target,
+        asked.weight,
+        *(asked.multilabel or ()),
+    )
+    for name in roles:
+        if name is not None and (found := column_named(name, kept)) is not None:
+            yield KEPT_COLUMN + found
 
 
 def _of_split(table: pa.Table, split: str | None) -> pa.Table:

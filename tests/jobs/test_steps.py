@@ -440,6 +440,37 @@ def exported(nights, rows, table, **tables):
     return found
 
 
+@pytest.mark.parametrize("option", ["labels", "group"])
+def test_export_hands_all_on_again_when_its_own_file_says_something_else(nights, rows, tmp_path, option):
+    file = tmp_path / "labels.csv"
+
+    def say(*values):
+        lines = [f"id,{option.removesuffix('s')}", *(f"{row.id},{v}" for row, v in zip(rows, values, strict=False))]
+        file.write_text("\n".join(lines))
+
+    place = str(tmp_path / "{run}.parquet")
+    plain = ExportTable(node="a", to=place, images="new")
+    table = plain.model_copy(update={option: file if option == "labels" else str(file)})
+    say(*"ab" * 10)
+    first = exported(nights, rows[:20], table)
+    assert exported(nights, rows[:20], table)["skipped"] == "no image is new, changed or gone"
+    say(*"ab" * 11)  # of images that are not there yet
+    assert exported(nights, rows[:20], table)["skipped"] == "no image is new, changed or gone"
+    found = exported(nights, rows[:22], table)
+    assert (found["new"], found["relabelled"]) == (2, 0)
+    say(*"bb", *"ab" * 10)
+    corrected = exported(nights, rows[:22], table)
+    assert (corrected["new"], corrected["relabelled"], corrected["deleted"]) == (0, 22, 0)
+    assert "0 gone, all again: labels changed, in " in corrected["text"]
+    written = pq.read_table(corrected["file"])[option.removesuffix("s")].to_pylist()
+    assert written[:4] == ["b", "b", "a", "b"]
+    assert exported(nights, rows[:22], table)["skipped"] == "no image is new, changed or gone"
+    assert exported(nights, rows[:22], plain)["relabelled"] == 22  # the file is not asked any more
+    assert "skipped" in exported(nights, rows[:22], plain)
+    assert exported(nights, rows[:22], table)["relabelled"] == 22
+    assert first["checksums"].keys() == {"given", "images"}
+
+
 @pytest.mark.parametrize("name", ["vectors/{date}", "{date}.parquet", "{date}.h5"])
 def test_export_never_replaces_what_was_new_earlier_on_the_same_date(nights, rows, tmp_path, name):
     table = ExportTable(node="a", to=str(tmp_path / name), images="new")

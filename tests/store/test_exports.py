@@ -242,6 +242,33 @@ def test_another_value_in_a_column_that_is_written_is_a_change(store, patients, 
     assert export_dataset(store, "a", tmp_path / "x.parquet", since=first, silent=True)["rows"] == 0
 
 
+def test_another_value_of_a_role_is_a_change(store, patients, tmp_path):
+    first = store.snapshot_ids("d")[0]
+    column = pa.array(["p", "q", "new", "p", "r"])
+    store.write_snapshot(
+        "d", store.new_run_id(), patients.set_column(patients.num_columns - 1, "column:patient", column)
+    )
+    for roles in ({"group": "patient"}, {"label": "Patient"}):
+        export_dataset(store, "a", tmp_path / "x.parquet", since=first, **roles, silent=True)
+        assert pq.read_table(tmp_path / "x.parquet")["id"].to_pylist() == ["ünicorn"]
+
+
+def test_a_file_of_labels_is_refused_where_corrections_in_it_would_be_missed(store, nights, tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("id,label,group\n" + "".join(f"{id_},new,g\n" for id_ in SECOND))
+    for increment in ({"since": nights[0]}, {"new": True}):
+        for files in ({"labels": str(labels)}, {"labels": dict.fromkeys(SECOND, "new")}, {"group": str(labels)}):
+            with pytest.raises(UsageError, match="is not known, and corrections in it would be missed"):
+                export_dataset(store, "a", tmp_path / "x.parquet", **increment, **files, silent=True)
+    assert not (tmp_path / "x.parquet").exists()
+    for changed, ids in ((False, ["bee", "dog1", "cat2"]), (True, SECOND)):  # as a job knows it
+        told = export_dataset(
+            store, "a", tmp_path / "x.parquet", since=nights[0], labels=str(labels), labels_changed=changed, silent=True
+        )
+        assert pq.read_table(tmp_path / "x.parquet")["id"].to_pylist() == ids
+        assert (told["new"], told["changed"], told["relabelled"]) == (1, 1, len(ids) - 2)
+
+
 def test_a_view_is_exported_to_a_folder(store, rows, nights, tmp_path):
     export(store.features("d", "a").take(np.array([3, 0])), tmp_path / "two")
     table, values = vectors(tmp_path / "two")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from featurepipe.jobs.step import Night
@@ -71,10 +72,12 @@ class LastSnapshot(NamedTuple):
     Attributes:
         snapshot: its run id; None if all images are new.
         warnings: why all are new, though it or one like it has told of some.
+        result: what it told.
     """
 
     snapshot: str | None
     warnings: Sequence[str] = ()
+    result: Mapping[str, Any] = MappingProxyType({})
 
 
 def last_snapshot(night: Night, step: str, *, places: Mapping[str, str], made: str, **same: Any) -> LastSnapshot:
@@ -89,7 +92,7 @@ def last_snapshot(night: Night, step: str, *, places: Mapping[str, str], made: s
     """
     result = last_result(night, step, places=places, **same)
     if result is not None and result["snapshot"] in night.store.snapshot_ids(night.dataset):
-        return LastSnapshot(result["snapshot"])
+        return LastSnapshot(result["snapshot"], result=result)
     to = night.job.named(Path(places["to"]))
     if result is not None:
         why = f"snapshot {result['snapshot']}, which {to} {made} last, is not in the store any more"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,8 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from featurepipe.display import counted, first_names, size
-from featurepipe.errors import StoreError, StoreLocked
+from featurepipe.errors import StoreError, StoreLocked, UsageError
 from featurepipe.jobs.job import CompactTable, ExportTable, ForgetTable, KeepTable, MetricsTable, ReportTable
 from featurepipe.jobs.step import Night, is_of_new, within_time
 from featurepipe.jobs.steps.heads import snapshot_of
@@ -21,8 +25,10 @@ from featurepipe.store import FeatureStore
 from featurepipe.store.compact import compact_store
 from featurepipe.store.exports import export_dataset
 from featurepipe.store.gc import gc_store, remove_runs
-from featurepipe.store.options import HandingOnOptions
+from featurepipe.store.options import HandingOnOptions, RoleOptions, is_file_of_groups
+from featurepipe.store.roles import with_roles
 
+_AT_ONCE = 65_536
 _WARNED = 10
 """Dependents that warnings name; the record has all."""
 _NAMES = frozenset({"unknown_ids", "several_ids", "unsearched"})
@@ -175,27 +181,69 @@ def _with_writers(night: Night, dependents: Sequence[Mapping[str, Any]]) -> list
 def export(night: Night, table: ExportTable) -> dict[str, Any]:
     """Hands features on: of all images, or of those that are new or changed since the table last did, with the ids that went.
 
-    If it never did, or that snapshot is not kept any more, all images are new.
+    If it never did, or that snapshot is not kept any more, all images are new. If a file of labels or groups of its own says
+    something else of the images that it handed on, which a checksum tells, all images are handed on again.
     """
     snapshot = snapshot_of(night, table.backbone)
-    about = {"node": table.node, "to": table.to, "snapshot": snapshot}
+    about: dict[str, Any] = {"node": table.node, "to": table.to, "snapshot": snapshot}
     last = (
         last_snapshot(night, "export", places={"to": table.to}, made="handed on", node=table.node)
         if table.images == "new"
         else LastSnapshot(None)
     )
     since = last.snapshot
-    if since is not None and _is_same(night, since, snapshot):
+    given = _given_labels(table) if table.images == "new" else None
+    changed = since is not None and _labels_changed(night, table, since, given, last.result.get("checksums") or {})
+    if given is not None:
+        about["checksums"] = {"given": given, "images": _labels_digest(night, table, snapshot)}
+    if since is not None and not changed and _is_same(night, since, snapshot):
         return {**about, "skipped": "no image is new, changed or gone"}
     place = night.place(table)
     place.parent.mkdir(parents=True, exist_ok=True)
     found = export_dataset(
         night.store, table.node, place, dataset=night.dataset, snapshot=snapshot, since=since, backbone=table.backbone,
-        labels=table.labels, silent=night.silent, **{name: getattr(table, name) for name in declared(HandingOnOptions)},
+        labels_changed=changed, labels=table.labels, silent=night.silent,
+        **{name: getattr(table, name) for name in declared(HandingOnOptions)},
     )  # fmt: skip
     gone = f", {found['deleted']:,} gone" if since is not None else ""
-    text = f"{counted(found['rows'], 'image')}{gone}, in {night.job.named(place)}"
+    again = ", all again: labels changed" if changed else ""
+    text = f"{counted(found['rows'], 'image')}{gone}{again}, in {night.job.named(place)}"
     return {**found, **about, "text": text, "warnings": [*last.warnings]}
+
+
+def _given_labels(table: ExportTable) -> str | None:
+    """A checksum of the files of labels and groups that a table has of its own, and of which columns are what; None for none."""
+    groups = Path(table.group) if table.group is not None and is_file_of_groups(table.group) else None
+    files = [file for file in (table.labels, groups) if file is not None]
+    if not files:
+        return None
+    try:
+        contents = [Path(file).read_bytes() for file in files]
+    except OSError as error:
+        raise UsageError(f"cannot read {error.filename}: {error.strerror}") from error
+    roles = json.dumps(RoleOptions.of(table).arguments(), sort_keys=True, default=str)
+    return hashlib.sha256(b"".join(hashlib.sha256(one).digest() for one in (roles.encode(), *contents))).hexdigest()
+
+
+def _labels_changed(night: Night, table: ExportTable, since: str, given: str | None, before: Mapping[str, str]) -> bool:
+    """Whether labels or groups of files say something else of a snapshot's images than when a table handed these on."""
+    if given == before.get("given"):
+        return False
+    if given is None or not before:
+        return True
+    return _labels_digest(night, table, since) != before["images"]  # equal if only labels of new images have come
+
+
+def _labels_digest(night: Night, table: ExportTable, snapshot: str) -> str:
+    """A checksum of what a table hands on beside the features of a snapshot's images, by id."""
+    features = night.store.features(night.dataset, node=table.node, backbone=table.backbone, snapshot=snapshot)
+    roles = RoleOptions.of(table)
+    rows = with_roles(night.store, features, table.labels, roles, lambda _: None, snapshot=snapshot).table
+    found = hashlib.sha256()
+    for batch in rows.take(pc.sort_indices(rows["id"])).to_batches(max_chunksize=_AT_ONCE):
+        for row in batch.to_pylist():
+            found.update(json.dumps(row).encode())
+    return found.hexdigest()
 
 
 def _is_same(night: Night, since: str, snapshot: str) -> bool:
