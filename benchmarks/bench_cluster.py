@@ -6,7 +6,7 @@ sockets of all processes (``benchmarks.counted``).
 - extraction: ``featurepipe.extract`` on all cores, by two workers on the same cores, and the script that people write, in turn:
   ``client.map`` over lists of 32 file names with a function that keeps its network and returns features, which travel. Fresh
   stores; the network is loaded and the workers have imported everything before; ``first_call_s_more`` tells what that takes.
-- handing out: slices whose workers only answer, which leaves what the client and the scheduler do for each image and task.
+- handing out: shards whose workers only answer, which leaves what the client and the scheduler do for each image and task.
 - fit: a multinomial fit by workers whose memory limits together are a quarter of the features (float16, as stored), beside the
   same fit here, streamed. Dask ends a worker that takes more than its limit.
 - passes: over a part of the same features, with few and many classes, and over nothing.
@@ -304,7 +304,7 @@ def measure_fit(
 
 
 class _Rows:
-    """Features as slices are taken of an array."""
+    """Features as rows are taken of an array."""
 
     def __init__(self, view: FeatureSet) -> None:
         self._view = view
@@ -326,8 +326,8 @@ def measure_passes(view: FeatureSet, args: argparse.Namespace, executor: DaskExe
     """Bytes and seconds of a pass: of few classes, of many, with curvature, and of none."""
     part = view.take(slice(0, len(view) // 8))
     prepared = passes.prepare(spread(part, executor), intercept=True, memory=None)
-    prepared.shares.reduce(cluster_steps.nothing)  # has them kept
-    empty = net(lambda: [prepared.shares.reduce(cluster_steps.nothing) for _ in range(args.tasks)])[1]
+    prepared.shards.reduce(cluster_steps.nothing)  # has them kept
+    empty = net(lambda: [prepared.shards.reduce(cluster_steps.nothing) for _ in range(args.tasks)])[1]
     found: dict[str, Any] = {
         "rows": len(part),
         "empty_ms": round(1e3 * empty.seconds / args.tasks, 2),
@@ -340,7 +340,7 @@ def measure_passes(view: FeatureSet, args: argparse.Namespace, executor: DaskExe
 
 def measure_pass(prepared: passes.Prepared, classes: int, curvature: str, net: Any, count: int = 5) -> dict[str, Any]:
     """Passes of one kind."""
-    rows, width = prepared.shares.rows, len(prepared.mean)
+    rows, width = prepared.shards.rows, len(prepared.mean)
     codes = np.random.default_rng(0).integers(0, classes, rows)
     options: dict[str, Any] = {"intercept": True, "intercept_penalty": 0.0, "memory": None}
     one = passes.Passes(prepared, codes, np.ones((1, rows)), [passes.FitProblem(0, C)], SoftmaxLoss(), **options)

@@ -102,15 +102,15 @@ def model(costs: Costs, assumed: Assumed, workers: int) -> dict[str, Any]:
 def extraction(costs: Costs, assumed: Assumed, workers: int) -> dict[str, float]:
     """All images, none of which the store holds, with storage and cores that keep up with the GPUs."""
     rate = workers * assumed.gpu_images_s / (1 + max(0.0, costs.overhead))
-    slices, beats = _slices(assumed, workers), workers / heartbeat_interval(workers)
+    shards, beats = _shards(assumed, workers), workers / heartbeat_interval(workers)
     rows_of_part = DEFAULT_PART_BYTES // (2 * assumed.width)
     return {
         "images_s": round(rate),
         "hours": round(assumed.images / rate / 3600, 2),
         "client_hours_more": round(assumed.images * (costs.listing_seconds + costs.closing_seconds) / 3600, 2),
-        "slices": len(slices),
-        "slice_seconds": round(max(slices) / assumed.gpu_images_s, 1),
-        "parts": sum(math.ceil(rows / rows_of_part) for rows in slices),
+        "slices": len(shards),
+        "slice_seconds": round(max(shards) / assumed.gpu_images_s, 1),
+        "parts": sum(math.ceil(rows / rows_of_part) for rows in shards),
         "store_gb": round(2 * assumed.images * assumed.width / GB, 1),
         "read_gb_s": round(rate * costs.image_bytes / GB, 2),
         "write_gb_s": round(rate * 2 * assumed.width / GB, 2),
@@ -118,7 +118,7 @@ def extraction(costs: Costs, assumed: Assumed, workers: int) -> dict[str, float]
         "scheduler_mb_s": round((rate * costs.image_traffic + beats * costs.beat_traffic) / 1e6, 2),
         "scheduler_messages_s": round(beats * costs.beat_messages, 1),
         "scheduler_busy": round(rate * costs.scheduler_seconds + beats * costs.beat_seconds, 3),
-        "tasks_s": round(len(slices) * rate / assumed.images, 3),
+        "tasks_s": round(len(shards) * rate / assumed.images, 3),
         "client_busy": round(rate * costs.client_seconds, 3),
         "client_memory_gb": round(assumed.images * costs.listing_bytes / GB, 1),
         "index_gb_per_worker_later": round(assumed.images * costs.index_bytes / GB, 1),
@@ -126,7 +126,7 @@ def extraction(costs: Costs, assumed: Assumed, workers: int) -> dict[str, float]
     }
 
 
-def _slices(assumed: Assumed, workers: int) -> list[int]:
+def _shards(assumed: Assumed, workers: int) -> list[int]:
     """As extraction itself would size them."""
     sizes, left, found = ShardSizes(), assumed.images, list[int]()
     while left:

@@ -183,7 +183,7 @@ def sleep(_context: None, seconds: float, *_: Any) -> None:
 
 
 def answer_only(_context: None, piece: Shard, *_: Any) -> ShardResult:
-    """Answers as if every image of a slice had been computed: what is left is the cost of handing out and booking."""
+    """Answers as if every image of a shard had been computed: what is left is the cost of handing out and booking."""
     start = time.perf_counter()
     rows = piece.table().num_rows
     keys = np.frombuffer(np.random.default_rng(piece.number).bytes(32 * rows), np.uint8).reshape(rows, 32)
@@ -194,8 +194,8 @@ def answer_only(_context: None, piece: Shard, *_: Any) -> ShardResult:
     return ShardResult(status, [("layer4:gap",)], keys, np.ones(rows, bool), {}, run)
 
 
-def nothing(*_share: Any) -> float:
-    """What an empty pass does with a share."""
+def nothing(*_shard: Any) -> float:
+    """What an empty pass does with a shard."""
     return 0.0
 
 

@@ -282,7 +282,7 @@ def _pass_on(request: StopRequest, before: Mapping[signal.Signals, _Handler]) ->
 
 
 def stopping(stop: StopRequest | None, time_budget: float | None) -> AbstractContextManager[StopRequest]:
-    """What asks a verb to stop: the caller's own request, or else signals and the end of a time budget.
+    """What asks a command to stop: the caller's own request, or else signals and the end of a time budget.
 
     Args:
         stop: the caller's request, if it handles signals and time itself.

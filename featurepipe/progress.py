@@ -31,7 +31,7 @@ _LOOK_SECONDS = 1.0
 
 
 class Progress(Protocol):
-    """Where a verb tells how far it is."""
+    """Where a command tells how far it is."""
 
     def advance(self, images: int, bottleneck: str = "") -> None:
         """``images`` (or other units) more are finished; ``bottleneck`` is what the work waits for now, if known.

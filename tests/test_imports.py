@@ -94,9 +94,9 @@ def test_public_names_are_what_they_say():
 
 
 def test_verbs_stay_functions_whatever_was_imported_before(launcher):
-    verbs = [name for name in featurepipe.__all__ if name.islower() and not name.startswith("_")]
-    imports = ", ".join(sorted({f"featurepipe.{featurepipe._HOMES[verb]}" for verb in verbs}))
-    code = f"import {imports}, featurepipe as fp; print([v for v in {verbs} if not callable(getattr(fp, v))])"
+    commands = [name for name in featurepipe.__all__ if name.islower() and not name.startswith("_")]
+    imports = ", ".join(sorted({f"featurepipe.{featurepipe._HOMES[command]}" for command in commands}))
+    code = f"import {imports}, featurepipe as fp; print([v for v in {commands} if not callable(getattr(fp, v))])"
     done = launcher.start(code).wait()
     assert (done.out, done.err) == ("[]\n", "")
 

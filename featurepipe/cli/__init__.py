@@ -1,7 +1,7 @@
-"""The command line: one module a command, or family of commands; each declares options, calls a verb, prints its result.
+"""The command line: one module a command, or family of commands; each declares options, calls a function, prints its result.
 
 Results go to standard output (one JSON document with ``--json``); progress and messages go to standard error.
-Nothing heavy is imported before a command runs, so that ``--help`` answers at once: verbs are imported where they are called.
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once: commands are imported where they are called.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def add_cluster(command: ArgumentParser) -> None:
 
 
 def cluster(args: Namespace) -> dict[str, Any]:
-    """What `add_cluster` declared, as keyword argument of a verb; empty if the work is done here."""
+    """What `add_cluster` declared, as keyword argument of a command; empty if the work is done here."""
     spec = args.scheduler or args.cluster
     return {"cluster": spec} if spec else {}
 

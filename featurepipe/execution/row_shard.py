@@ -140,7 +140,7 @@ def ask(order: bytes, changes: tuple[Change, ...], shard: Blocks, *rows: Array |
 
 
 def same(value: Any) -> Any:
-    """What it is given: a value that tasks shard travels as the result of a task of its own, which Dask can do again."""
+    """What it is given: a value that several tasks use travels as the result of a task of its own, which Dask can do again."""
     return value
 
 

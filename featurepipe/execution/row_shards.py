@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 WORKING = 0.2
 """Of a worker's memory limit: what a pass may take beside the features that are kept."""
 
-_LARGE_BYTES = 1 << 16  # up to which an order goes with every task, which saves the time of a task before them
-_KEYS = "share-"  # with which the names of our tasks begin
+_LARGE_BYTES = 1 << 16  # up to which a work goes with every task, which saves the time of a task before them
+_KEYS = "row-shard-"  # with which the names of our tasks begin
 _TRIES = 3  # how often all shards are given out before a fit is given up
 _IDLE_LOOKS = 2
 _LOOK_SECONDS = 1.0  # how often the workers are counted while an answer is awaited
@@ -297,7 +297,7 @@ class SpreadFeatures:
             "make_head(..., out_of_core=True)"
         )
 
-    def shared(self) -> WorkerRowShards:
+    def row_shards(self) -> WorkerRowShards:
         """The shards, one for each worker that is there now.
 
         Raises:

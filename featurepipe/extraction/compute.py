@@ -117,7 +117,7 @@ class ExtractionContext:
             yield self._work(session, shard, space, missing)
 
     def _work(self, session: Session, shard: Shard, space: Space, missing: MissingColumns) -> ShardWork:
-        parts = space.parts_of_share(self.run_id, shard.name)
+        parts = space.parts_of_shard(self.run_id, shard.name)
         mine = missing.of_shard(parts)
         plan = _shard_plan(shard, mine, parts)
         earlier = MissingColumns(None, session.columns).of_shard(parts)
@@ -184,7 +184,7 @@ def _writer(context: ExtractionContext, work: ShardWork, worker: Worker, report:
     return work.space.writer(
         context.run_id,
         dataset=context.dataset,
-        share=work.name or "",
+        shard=work.name or "",
         part_bytes=part_bytes(worker),
         on_overflow=say,
     )

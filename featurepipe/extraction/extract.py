@@ -99,7 +99,7 @@ def extract(
             is installed and 1,000 images or more are to be computed. Features agree to a relative distance of 1e-5.
         max_rejects: unusable images to tolerate, a number or a share such as ``"1%"``.
         max_gone: images of the dataset's last snapshot that may be gone from the source, a number or a share such as
-            ``"50%"``; by default any number but all. Only ``"100%"`` puts up with an empty source.
+            ``"50%"``; by default any number but all. Only ``"100%"`` tolerates an empty source.
         min_free: space that must stay free on the store's disk, in bytes or such as ``"20GB"``.
         retry_rejects: try images again whose bytes were rejected before.
         damaged: what becomes of a JPEG of which libjpeg could only repair what was left: ``reject``, or ``keep``, then the

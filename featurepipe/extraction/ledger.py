@@ -1,4 +1,4 @@
-"""The counts of a run, which must balance: every listed image is computed, known or rejected, whoever dealt with it."""
+"""The counts of a run, which must balance: every listed image is computed, known or rejected, whoever worked on it."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class WorkerTotals:
             "pid": self.last.pid,
             "device": self.last.device,
             "threads": self.last.threads,
-            "slices": self.shards,
+            "slices": self.shards,  # the key that records have
             "images": self.images,
             "parts": self.parts,
             "bytes": self.bytes,
@@ -206,7 +206,7 @@ class ShardLedger:
         self.workers: dict[tuple[str, str, int], WorkerTotals] = {}
 
     def take(self, shard: Shard, result: ShardResult) -> list[Loaded]:
-        """Enters the rows of a shard that were dealt with; returns the rejected and the damaged ones."""
+        """Enters the rows of a shard that were worked on; returns the rejected and the damaged ones."""
         ledger = self._ledger
         rows = self._plan.todo[shard.start : shard.start + shard.rows]
         reached = result.status != UNTOUCHED
@@ -248,7 +248,7 @@ class ShardLedger:
         return count + int(np.isin(keys, computed).sum())
 
     def _usable(self) -> int:
-        """Rows that workers have dealt with and not rejected."""
+        """Rows that workers have worked on and not rejected."""
         before = len(self._plan.rejected)
         return self._ledger.read - (len(self._ledger.reasons) - before)
 

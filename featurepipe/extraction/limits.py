@@ -24,7 +24,7 @@ from featurepipe.features.options import (
 from featurepipe.option_groups import OptionGroup, is_bytes, is_number, option
 
 ALL = "100%"
-"""The share that puts up with a source that lists nothing."""
+"""The share of missing images that tolerates a source that lists nothing."""
 GONE_IN_JOBS = "50%"
 """The images that may be gone from a job's source where its file does not say."""
 _MANY_GONE = 0.1

@@ -10,7 +10,7 @@ usable one under a new id is judged by its key:
 - ``copied`` if otherwise the key is under an id that both snapshots list, in either of them;
 - ``new`` if no other image has or had it; of several new ids with one such key, the first is new and the others are copies.
 
-An id that is gone counts as ``deleted`` unless an image has moved from it. So the books balance: images listed before, less
+An id that is gone counts as ``deleted`` unless an image has moved from it. So the counts balance: images listed before, less
 ``deleted``, plus ``new``, ``copied`` and ``new_rejected``, are the images listed now.
 """
 
@@ -93,12 +93,12 @@ def make_plan(listing: pa.Table, known_files: pa.Table, have: Keys, rejected: Ke
     """Decides which images must be read.
 
     A file whose id, size and modification time are as before is taken to have the same bytes (and so the same key); it is
-    read only when some wanted column lacks that key. Everything else is read, and its key decides.
+    read only when some requested column lacks that key. Everything else is read, and its key decides.
 
     Args:
         listing: what the source holds now.
         known_files: id, size, mtime_ns, key of files seen before; later rows win.
-        have: the keys that have every wanted column.
+        have: the keys that have every requested column.
         rejected: the keys that were rejected.
     """
     keys, has_key = _keys_of_unchanged(listing, known_files)

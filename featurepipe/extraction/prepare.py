@@ -385,7 +385,7 @@ def _held(space: Space, columns: Sequence[Column]) -> Held:
 
 
 def _columns(backbone: Backbone, spaces: Sequence[Space], nodes: Sequence[str]) -> Sequence[Column]:
-    """The wanted columns; from what the store holds where it has them all, which saves tracing the network."""
+    """The requested columns; from what the store holds where it has them all, which saves tracing the network."""
     for space in spaces:
         aliases = space.notes.get("aliases", {})
         columns = [parse_column(node) for node in nodes]

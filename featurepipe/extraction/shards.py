@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError
-from featurepipe.images.regions import LONGEST_SLICE, is_of_one_image
+from featurepipe.images.regions import LARGEST_TASK, is_of_one_image
 
 if TYPE_CHECKING:  # a worker that has little memory, and the scheduler, read shards without loading PyTorch
     from featurepipe.execution.executor import Worker
@@ -170,15 +170,15 @@ class ShardSizes:
         if not self._rate:
             size = min(self._first, max(even, FEW))
         else:
-            share = max(even // self._per_worker, int(self._shortest * self._rate))
-            size = min(share, int(self._longest * self._rate), max(even, int(self._least * self._rate)))
+            fair = max(even // self._per_worker, int(self._shortest * self._rate))
+            size = min(fair, int(self._longest * self._rate), max(even, int(self._least * self._rate)))
         return max(1, min(size, self._most, left))
 
 
 def cut(listing: pa.Table, todo: np.ndarray, sizes: ShardSizes, workers: Iterator[int]) -> Iterator[Shard]:
     """Cuts the rows to be read into shards, each when it is asked for.
 
-    Regions of one image that follow each other stay together, since a shard decodes it anew; at most `LONGEST_SLICE` of them, as
+    Regions of one image that follow each other stay together, since a shard decodes it anew; at most `LARGEST_TASK` of them, as
     many as one decode serves.
 
     Args:
@@ -191,7 +191,7 @@ def cut(listing: pa.Table, todo: np.ndarray, sizes: ShardSizes, workers: Iterato
     start = number = 0
     while start < len(todo):
         count = sizes.next(len(todo) - start, next(workers))
-        count += _of_last_image(listed["locator"].take(pa.array(todo[start + count - 1 :][: LONGEST_SLICE + 1])))
+        count += _of_last_image(listed["locator"].take(pa.array(todo[start + count - 1 :][: LARGEST_TASK + 1])))
         yield Shard.of(number, start, listed.take(pa.array(todo[start : start + count])))
         start, number = start + count, number + 1
 
@@ -200,7 +200,7 @@ def _of_last_image(locators: pa.ChunkedArray) -> int:
     """How many rows after the first are regions of the same image; none if they go on beyond those given."""
     last, *others = locators.to_pylist()
     more = next((n for n, other in enumerate(others) if not is_of_one_image(last, other)), len(others))
-    return 0 if more == LONGEST_SLICE else more
+    return 0 if more == LARGEST_TASK else more
 
 
 def packed(table: pa.Table) -> bytes:

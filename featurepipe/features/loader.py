@@ -24,7 +24,7 @@ from featurepipe.images.decode import Claim, Kept, as_reject
 from featurepipe.images.listing import UNKNOWN
 from featurepipe.images.regions import (
     CLIPPED,
-    LONGEST_SLICE,
+    LARGEST_TASK,
     Frame,
     FramesFile,
     Payload,
@@ -176,10 +176,10 @@ class LoadTask:
             return thread
 
 
-SLICE = 8
+TASK_IMAGES = 8
 """Images per task: enough that handing a task to a thread costs nothing beside decoding."""
 
-_TAKEN_ROWS = 128 * SLICE
+_TAKEN_ROWS = 128 * TASK_IMAGES
 """Rows whose locators are Python objects at a time."""
 
 PATIENCE = 2.0
@@ -256,10 +256,10 @@ class Loader:
         *,
         probes: pa.ChunkedArray | None = None,
     ) -> Generator[list[Loaded]]:
-        """Yields slices of loaded images in the order of ``rows``, and ends early once ``stop()`` is true.
+        """Yields batches of loaded images in the order of ``rows``, and ends early once ``stop()`` is true.
 
         Args:
-            listing: of the source, or of a share of it.
+            listing: of the source, or of a shard of it.
             rows: what to load of it.
             stop: asked between images.
             probes: locators of images all over the source, by which to tell whether it is still there; by default those of
@@ -276,10 +276,10 @@ class Loader:
         try:
             for task in _tasks(listing.select(["locator", "size"]), rows):
                 ahead.append(task)
-                images += max(SLICE, len(task.images))
+                images += max(TASK_IMAGES, len(task.images))
                 threads.submit(partial(work, task))
                 while ahead and images >= self._window and self._ready(ahead, stop, threads, work):
-                    images -= max(SLICE, len(ahead[0].images))
+                    images -= max(TASK_IMAGES, len(ahead[0].images))
                     yield ahead.popleft().future.result()
                 if stop():
                     return
@@ -430,13 +430,13 @@ class _ReadOnce:
 
 
 def _tasks(listed: pa.Table, rows: np.ndarray) -> Iterator[LoadTask]:
-    """Rows in slices, each when it is asked for; regions of one image stay together as far as the longest slice allows."""
+    """Tasks of some rows each, made when they are asked for; regions of one image stay together up to the largest task."""
     first, images = 0, list[tuple[bytes, int]]()
     for start in range(0, len(rows), _TAKEN_ROWS):
         taken = listed.take(pa.array(rows[start : start + _TAKEN_ROWS]))
         for image in zip(*(column.to_pylist() for column in taken.columns), strict=True):
-            is_full = len(images) >= SLICE
-            if is_full and (len(images) >= LONGEST_SLICE or not is_of_one_image(images[-1][0], image[0])):
+            is_full = len(images) >= TASK_IMAGES
+            if is_full and (len(images) >= LARGEST_TASK or not is_of_one_image(images[-1][0], image[0])):
                 yield LoadTask(rows[first : first + len(images)], *zip(*images, strict=True))
                 first, images = first + len(images), []
             images.append(image)

@@ -128,12 +128,12 @@ class MappedBlocks:
 
     @property
     def first(self) -> int:
-        """The number of the first row, in a share of more rows."""
+        """The number of the first row, in a shard of more rows."""
         return getattr(self.source, "first", 0)
 
-    def shared(self) -> Any:
-        """The shares of a spread source, mapped where they are; None for a source that is read here (``heads.shares``)."""
-        below = getattr(self.source, "shared", lambda: None)()
+    def row_shards(self) -> Any:
+        """The shards of a spread source, mapped where they are; None for a source that is read here (``heads.row_shards``)."""
+        below = getattr(self.source, "row_shards", lambda: None)()
         if below is None:
             return None
         return below.through(partial(MappedBlocks, function=self.function, width=self.width, dtype=self._dtype))

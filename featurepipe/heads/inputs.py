@@ -105,8 +105,8 @@ class FiniteBlocks:
         """The dtype of the values as they are kept."""
         return self.source.dtype
 
-    def shared(self) -> RowShards | None:
-        """The shares of a spread source, looked at where they are; None for a source that is read here."""
+    def row_shards(self) -> RowShards | None:
+        """The shards of a spread source, looked at where they are; None for a source that is read here."""
         below = remote_row_shards(self.source)
         return None if below is None else below.through(FiniteBlocks)
 

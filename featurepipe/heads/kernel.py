@@ -182,12 +182,12 @@ class RBFSVM(BlockClassifier, BaseEstimator):  # type: ignore[misc]
     def _block_scores(self, block: Array) -> Floats:
         kernel = rbf_kernel(block, self.points_.astype(np.float64, copy=False), gamma=self.gamma_)
         if self.method_ == "exact":
-            margins = self._duels(kernel)
+            margins = self._one_vs_one_margins(kernel)
             return margins[:, 1, 0] if len(self.classes_) == 2 else _one_against_rest(margins)
         scores = np.asarray(kernel @ self.weights_.T + self.intercept_)
         return scores[:, 0] if len(self.classes_) == 2 else scores
 
-    def _duels(self, kernel: Floats) -> Floats:
+    def _one_vs_one_margins(self, kernel: Floats) -> Floats:
         """Margins of every class (second axis) against every other (third), (m, K, K), the diagonal zero."""
         classes = len(self.classes_)
         margins = np.zeros((len(kernel), classes, classes))
@@ -268,7 +268,7 @@ class _Values:
 
 
 def _values(blocks: Blocks, *, memory: int | str | None) -> _Values:
-    """Of all values in a share, in one pass."""
+    """Of all values in a shard, in one pass."""
     found = _Values()
     for _, block in iterate(blocks, memory=memory, dtype=np.float64):
         mean = float(block.mean())

@@ -240,7 +240,7 @@ def _class_means(data: TrainingData, memory: int | str | None) -> Floats:
 
 
 def _class_sums(blocks: Blocks, codes: Codes, *, classes: int, memory: int | str | None) -> Floats:
-    """Sums of the rows of each class, (K, D) float64, in a share."""
+    """Sums of the rows of each class, (K, D) float64, in a shard."""
     sums = np.zeros((classes, blocks.shape[1]))
     for place, block in iterate(blocks, memory=memory, dtype=np.float64):
         members = np.zeros((classes, len(block)))
@@ -263,7 +263,7 @@ def _shrunken(data: TrainingData, means: Floats, threshold: float, memory: int |
 
 
 def _squares(blocks: Blocks, codes: Codes, *, means: Floats, memory: int | str | None) -> Floats:
-    """Squared distances from the class means, summed column by column, in a share."""
+    """Squared distances from the class means, summed column by column, in a shard."""
     squares = np.zeros(means.shape[1])
     for place, block in iterate(blocks, memory=memory, dtype=np.float64):
         squares += ((block - means[codes[place]]) ** 2).sum(axis=0)

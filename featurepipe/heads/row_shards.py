@@ -2,7 +2,7 @@
 
 What heads compute of many rows are sums over them, or one result a row. Both can be had shard by shard: ``row_shards_of`` tells
 where the shards of some features are. Features in this process are one shard, and working on it is a plain call; features that
-are spread over a cluster (``featurepipe.execution.spread``) offer ``shared()``, and the work travels to them.
+are spread over a cluster (``featurepipe.execution.spread``) offer ``row_shards()``, and the work travels to them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RowShards(Protocol):
 
     @property
     def rows(self) -> int:
-        """How many there are in all shares."""
+        """How many there are in all shards."""
 
     @property
     def memory(self) -> int | None:
@@ -129,15 +129,15 @@ class LocalRowShards:
 
 
 def row_shards_of(features: Blocks | Array) -> RowShards:
-    """Where the rows of some features are: elsewhere if they offer ``shared()`` and it says so, else here, in one shard."""
+    """Where the rows of some features are: elsewhere if they offer ``row_shards()`` and it says so, else here, in one shard."""
     elsewhere = remote_row_shards(features)
     return LocalRowShards(as_blocks(features)) if elsewhere is None else elsewhere
 
 
 def remote_row_shards(features: Blocks | Array) -> RowShards | None:
     """The shards of features that are spread over other places; None for those that are read here."""
-    share_out = getattr(features, "shared", None)
-    found: RowShards | None = None if share_out is None else share_out()
+    shards_of = getattr(features, "row_shards", None)
+    found: RowShards | None = None if shards_of is None else shards_of()
     return found
 
 

@@ -210,7 +210,7 @@ class _Products:
     rows: int
 
     def __call__(self, blocks: Blocks, weights: Array, targets: Array) -> Floats:
-        """Sums (K, D + 1) over a share: (m, D) blocks, (K, m) weights and targets."""
+        """Sums (K, D + 1) over a shard: (m, D) blocks, (K, m) weights and targets."""
         sums = np.zeros(self.coefficients.shape)
         dtype = working_dtype(blocks.dtype)
         slopes, intercepts = self.coefficients[:, :-1].astype(dtype), self.coefficients[:, -1:]

@@ -34,7 +34,7 @@ _STAMPED: Final = (1 << 40) - 1
 
 CLIPPED: Final = "clipped to its image"
 """The remark on a region that reaches beyond its image."""
-LONGEST_SLICE: Final = 64
+LARGEST_TASK: Final = 64
 """Regions of one image, or frames of one file, that are loaded together: it is read and decoded, or parsed, once for all."""
 
 

@@ -308,7 +308,7 @@ class LabelsTable(QuestionTable, RoleOptions, SplitOption, SuspectsOptions, froz
 
 
 class OutliersTable(QuestionTable, SideOptions, SplitOption, DistanceOption, FarOptions, frozen=True):
-    """``[[outliers]]``: images that lie apart; see `featurepipe outliers`. ``since = "previous"`` is the last night."""
+    """``[[outliers]]``: images that lie apart; see `featurepipe outliers`. ``since = "previous"`` is the previous run."""
 
 
 class SelectTable(QuestionTable, SideOptions, SplitOption, ChoiceOptions, frozen=True):

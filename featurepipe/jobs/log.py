@@ -180,9 +180,9 @@ def job_log(
 ) -> Iterator[JobLog]:
     """Opens the log of one run on standard error.
 
-    In the JSON form standard error holds nothing else while the block runs: what verbs say becomes the event ``message``,
+    In the JSON form standard error holds nothing else while the block runs: what commands say becomes the event ``message``,
     the progress of long work ``progress`` with its numbers, and what anyone else prints there (Python's warnings, a user's
-    network, a library in C) ``output``. So verbs need not be told to be silent.
+    network, a library in C) ``output``. So commands need not be told to be silent.
 
     Args:
         job: the job's name.

@@ -201,7 +201,7 @@ class Extractions:
 
     Attributes:
         job: the job.
-        record: the night's books.
+        record: the run's record.
         stop: what ends it.
         say: a line for people.
         silent: whether extractions say nothing themselves.

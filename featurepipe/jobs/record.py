@@ -177,7 +177,7 @@ Entry = dict[str, Any]
 
 @dataclass
 class RunRecord:
-    """The books of one run.
+    """The record of one run.
 
     Attributes:
         job: the job.
@@ -301,7 +301,7 @@ class RunRecord:
                     f"run {run['run_id']}, begun {run.get('started', '?')} on {host}, was killed or lost its machine; "
                     "what it had finished stays"
                 )
-                with suppress(StoreError, OSError):  # the next night will
+                with suppress(StoreError, OSError):  # the next run will
                     self.store.write_run({**run, "status": KILLED})
         for note in self.notes:
             self.log.warn(note)

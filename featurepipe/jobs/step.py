@@ -116,7 +116,7 @@ class Night:
             writes a snapshot, so that the last but one is this run's, too, where there are several feature spaces.
         stop: asks steps to stop.
         say: a line for people.
-        silent: what verbs are told, so that only ``say`` speaks.
+        silent: what commands are told, so that only ``say`` speaks.
         extracted: the run records of this run's extractions that were done.
         record: the run record as far as it is known: counts, changes, seconds, the steps before this one,
             and the status that the night will end with if all that is left succeeds. In the store it is still running.

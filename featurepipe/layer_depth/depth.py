@@ -27,7 +27,7 @@ from featurepipe.layer_depth.phases import (
     not_estimated,
     outlook,
 )
-from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, counts_of, extracted
+from featurepipe.layer_depth.sources import DEFAULT_STORE, ComparisonRequest, Extracted, counts_of, extracted
 from featurepipe.layer_depth.study import AUTO, PRETRAINED, Protocol, Study, choose_columns, images_of, settle
 from featurepipe.option_groups import as_asked, by_commas, declared
 from featurepipe.progress import announcer, show, spoken
@@ -160,15 +160,17 @@ def depth(
         check_target(report)  # before hours of work, not after
     say = announcer(silent=silent)
     clock = Phases(PHASES, say)
-    wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, options, trust_code)
+    request = ComparisonRequest(
+        source, store, dataset, backbone, weights, nodes, test_source, silent, options, trust_code
+    )
     with executor_on(None if dry_run else cluster, say=say) as executor:
         arguments = {**(extraction or {}), "cluster": executor}
         if dry_run:
-            ahead = extracted(wanted, arguments, dry_run=True, say=say)
+            ahead = extracted(request, arguments, dry_run=True, say=say)
             images = ahead.joined(labels, RoleOptions.of(options), say)
             return _plan(ahead, protocol, options, counts_of(images, tests=protocol.folds is None))
         with clock.phase(EXTRACT):
-            found = extracted(wanted, arguments, dry_run=False, say=say)
+            found = extracted(request, arguments, dry_run=False, say=say)
         study = settle(
             found.store, found.dataset, found.columns, protocol,
             spaces=found.spaces, shifted_dataset=found.shifted_dataset, labels=labels,

@@ -47,7 +47,7 @@ DEFAULT_STORE = "features"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ComparisonRequest:
     """What is asked for; the fields are arguments of `featurepipe.depth`."""
 
     source: Any
@@ -69,7 +69,7 @@ class Extracted:
     """Where the columns are.
 
     Attributes:
-        wanted: what was asked for.
+        request: what was asked for.
         store: the store.
         dataset: the images' name in it.
         shifted_dataset: name of the other source's images, or None.
@@ -81,7 +81,7 @@ class Extracted:
         opening: how the source was opened.
     """
 
-    wanted: Wanted
+    request: ComparisonRequest
     store: FeatureStore
     dataset: str
     shifted_dataset: str | None
@@ -95,12 +95,12 @@ class Extracted:
     @property
     def is_held(self) -> bool:
         """Whether the columns were found in a store, and nothing was extracted."""
-        return is_store(self.wanted.source)
+        return is_store(self.request.source)
 
     @property
     def networks(self) -> Sequence[str]:
-        """``pretrained``, and ``random`` where a control is wanted."""
-        return [PRETRAINED, RANDOM] if self.wanted.options.control else [PRETRAINED]
+        """``pretrained``, and ``random`` where a control is asked for."""
+        return [PRETRAINED, RANDOM] if self.request.options.control else [PRETRAINED]
 
     @property
     def runs(self) -> list[str]:
@@ -155,13 +155,13 @@ class Extracted:
 
     def settings(self, protocol: Protocol) -> dict[str, Any]:
         """What was asked for, as JSON values."""
-        options = self.wanted.options
+        options = self.request.options
         return {
             "heads": list(protocol.heads),
             "folds": protocol.folds,
             "split": protocol.folds is None,
             "seeds": list(range(protocol.seeds)),
-            "nodes": self.wanted.nodes if isinstance(self.wanted.nodes, str) else list(self.wanted.nodes),
+            "nodes": self.request.nodes if isinstance(self.request.nodes, str) else list(self.request.nodes),
             "pooling": None if options.pooling is None else list(options.pooling),
             "max_width": options.max_width,
         }
@@ -175,7 +175,7 @@ class Extracted:
         if self.is_held:
             view = self.store.features(self.dataset, self.columns[0].column, self.spaces[PRETRAINED])
             return with_roles(self.store, view, labels, roles, say)
-        with closing(opened(self.wanted.source, self.opening)) as source:
+        with closing(opened(self.request.source, self.opening)) as source:
             listed = _Listed(source.scan().combine_chunks())
         return with_roles(listed, listed.images(self.dataset), labels, roles, say)
 
@@ -261,7 +261,9 @@ def source_options(extraction: Mapping[str, Any]) -> SourceOptions:
     return SourceOptions(**{**given, "only_under": places(given.get("only_under"))})
 
 
-def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]) -> Extracted:
+def extracted(
+    request: ComparisonRequest, extraction: dict[str, Any], *, dry_run: bool, say: Callable[[str], None]
+) -> Extracted:
     """Computes what the store lacks, or finds it there; see `featurepipe.depth`."""
     machine_asked = MachineOptions(
         **{name: extraction[name] for name in declared(MachineOptions) if name in extraction}
@@ -269,42 +271,47 @@ def extracted(wanted: Wanted, extraction: dict[str, Any], *, dry_run: bool, say:
     with executor_on(extraction.get("cluster"), say=say) as executor:
         executor.check()
         machine = settle_machine_for(executor, machine_asked, extraction.get("decode", AUTO))
-    if is_store(wanted.source):
+    if is_store(request.source):
         if extraction.get("damaged", REJECT) != REJECT:
             raise UsageError(
                 Message(
-                    f"{wanted.source} is a feature store: no image is decoded, and what was damaged was rejected or kept when it "
-                    "was extracted. Leave ",
+                    f"{request.source} is a feature store: no image is decoded, and what was damaged was rejected or kept when "
+                    "it was extracted. Leave ",
                     Option("damaged", KEEP),
                     " out, or give it to featurepipe extract",
                 )
             )
-        return _held(wanted, machine)
-    return _computed(wanted, extraction, machine, dry_run=dry_run, say=say)
+        return _held(request, machine)
+    return _computed(request, extraction, machine, dry_run=dry_run, say=say)
 
 
 def _computed(
-    wanted: Wanted, extraction: dict[str, Any], machine: Machine, *, dry_run: bool, say: Callable[[str], None]
+    request: ComparisonRequest,
+    extraction: dict[str, Any],
+    machine: Machine,
+    *,
+    dry_run: bool,
+    say: Callable[[str], None],
 ) -> Extracted:
     from featurepipe.backbones import load_backbone
     from featurepipe.extraction.extract import extract, network_for
 
-    if wanted.options.control and wanted.weights == "none":
+    if request.options.control and request.weights == "none":
         none, random = Option("weights", "none"), Option("control", "random")
         raise UsageError(Message(none, " is a random network already: ", random, " would compare it with itself"))
-    target = wanted.store if wanted.store is not None else DEFAULT_STORE
-    name = network_for(target, wanted.backbone, wanted.weights, say)
-    backbone = load_backbone(name, wanted.weights)
-    columns = choose_columns(backbone, wanted.nodes, wanted.options.pooling, wanted.options.max_width)
+    target = request.store if request.store is not None else DEFAULT_STORE
+    name = network_for(target, request.backbone, request.weights, say)
+    backbone = load_backbone(name, request.weights)
+    columns = choose_columns(backbone, request.nodes, request.options.pooling, request.options.max_width)
     store = target if isinstance(target, FeatureStore) else FeatureStore(target)
     say(f"{name}: {', '.join(column.column for column in columns)}")
 
-    names = list(dict.fromkeys([*(column.column for column in columns), *wanted.further]))
+    names = list(dict.fromkeys([*(column.column for column in columns), *request.further]))
 
     def run(source: Any, dataset: str | None, weights: str, settled: Mapping[str, Settled]) -> dict[str, Any]:
         record = extract(
             source, store, dataset=dataset, backbone=name, weights=weights, nodes=names,
-            dry_run=dry_run, silent=wanted.silent, **{**extraction, **settled},
+            dry_run=dry_run, silent=request.silent, **{**extraction, **settled},
         )  # fmt: skip
         if first := next(iter(record.get("rejects", ())), None):
             say(
@@ -313,21 +320,21 @@ def _computed(
             )
         return record
 
-    dataset, shifted = _names(wanted, extraction.get("only_under"))
-    records = [run(wanted.source, dataset, wanted.weights, {})]
+    dataset, shifted = _names(request, extraction.get("only_under"))
+    records = [run(request.source, dataset, request.weights, {})]
     spaces = {PRETRAINED: records[0].get("fingerprint", "")}
     # All that is compared is computed alike, and precisions are compared once.
     as_images, as_network = (settled(records[0], f"as {one}") for one in ("the training images", "the trained network"))
     if shifted is not None:
-        records.append(run(wanted.test_source, shifted, wanted.weights, as_images))
+        records.append(run(request.test_source, shifted, request.weights, as_images))
         _check_same_space(records[0], records[-1])
-    if wanted.options.control:
-        records.append(run(wanted.source, dataset, "none", as_network))
+    if request.options.control:
+        records.append(run(request.source, dataset, "none", as_network))
         spaces[RANDOM] = records[-1].get("fingerprint", "")
         if shifted is not None:
-            records.append(run(wanted.test_source, shifted, "none", as_network))
+            records.append(run(request.test_source, shifted, "none", as_network))
     return Extracted(
-        wanted, store, dataset, shifted, backbone, columns, spaces, machine, records, source_options(extraction)
+        request, store, dataset, shifted, backbone, columns, spaces, machine, records, source_options(extraction)
     )
 
 
@@ -337,15 +344,15 @@ def settled(record: Mapping[str, Any], why: str = "") -> dict[str, Settled]:
     return {name: Settled(one["value"], why or one["why"]) for name, one in found.items()}
 
 
-def _held(wanted: Wanted, machine: Machine) -> Extracted:
+def _held(request: ComparisonRequest, machine: Machine) -> Extracted:
     """A comparison of what a store has."""
     from featurepipe.backbones import load_backbone
     from featurepipe.backbones.from_user import check_trusted
 
-    if wanted.store is not None or wanted.options.control or wanted.test_source is not None:
+    if request.store is not None or request.options.control or request.test_source is not None:
         raise UsageError(
             Message(
-                f"{wanted.source} is a feature store: its columns are compared as they are. For ",
+                f"{request.source} is a feature store: its columns are compared as they are. For ",
                 Option("store"),
                 ", ",
                 Option("control"),
@@ -355,31 +362,31 @@ def _held(wanted: Wanted, machine: Machine) -> Extracted:
                 Option("store"),
             )
         )
-    store = wanted.source if isinstance(wanted.source, FeatureStore) else FeatureStore(wanted.source, create=False)
-    dataset = wanted.dataset or store.only_dataset()
-    space = choose_space(store, wanted.backbone, dataset)
-    if wanted.backbone != space.backbone:  # else the user has named that module
-        check_trusted(space.backbone, wanted.trust_code, named_by="the store")
+    store = request.source if isinstance(request.source, FeatureStore) else FeatureStore(request.source, create=False)
+    dataset = request.dataset or store.only_dataset()
+    space = choose_space(store, request.backbone, dataset)
+    if request.backbone != space.backbone:  # else the user has named that module
+        check_trusted(space.backbone, request.trust_code, named_by="the store")
     backbone = load_backbone(space.backbone, "none")
     nodes = (
-        columns_of_space(backbone, space, wanted.options.max_width)
-        if wanted.nodes in (AUTO, [AUTO], (AUTO,))
-        else wanted.nodes
+        columns_of_space(backbone, space, request.options.max_width)
+        if request.nodes in (AUTO, [AUTO], (AUTO,))
+        else request.nodes
     )
-    columns = choose_columns(backbone, nodes, wanted.options.pooling, wanted.options.max_width)
-    return Extracted(wanted, store, dataset, None, backbone, columns, {PRETRAINED: space.fingerprint}, machine)
+    columns = choose_columns(backbone, nodes, request.options.pooling, request.options.max_width)
+    return Extracted(request, store, dataset, None, backbone, columns, {PRETRAINED: space.fingerprint}, machine)
 
 
-def _names(wanted: Wanted, only_under: Any) -> tuple[str, str | None]:
+def _names(request: ComparisonRequest, only_under: Any) -> tuple[str, str | None]:
     """Names of both datasets, which must differ: the second would replace the first.
 
     Raises:
         UsageError: they do not.
     """
-    dataset = wanted.dataset or _own_name(wanted.source, only_under)
-    if wanted.test_source is None:
+    dataset = request.dataset or _own_name(request.source, only_under)
+    if request.test_source is None:
         return dataset, None
-    shifted = _own_name(wanted.test_source, only_under)
+    shifted = _own_name(request.test_source, only_under)
     if shifted == dataset:
         raise UsageError(
             Message(

@@ -198,7 +198,7 @@ def told(warning: Run, store: object) -> str:
 def accept_drift(
     store: FeatureStore | str | os.PathLike[str], run: str = LAST, *, dataset: str | None = None, job: str | None = None
 ) -> dict[str, Any]:
-    """Accepts the images that a run warned of: from the next night on they may be part of the reference.
+    """Accepts the images that a run warned of: from the next run on they may be part of the reference.
 
     Writes a record of its own beside the run records, and changes none.
 

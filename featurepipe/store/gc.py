@@ -25,7 +25,7 @@ from featurepipe.store.parts import PartInfo, damaged_arrays, read_array, read_p
 from featurepipe.store.space import Space
 
 SHOWN_SECONDS = 24 * 3600.0
-"""How long the file by which a cluster's workers know the store is left alone; a client touches it with each verb."""
+"""How long the file by which a cluster's workers know the store is left alone; a client touches it with each command."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ from featurepipe.store.documents import SpaceDocument, checked_dataset, checked_
 from featurepipe.store.keys import KNOWN_FILES, KeyIndex, Keys, append_rejects, known_files, read_rejects
 from featurepipe.store.locks import LOCK_EX, locked
 from featurepipe.store.parts import Headers, PartInfo, list_parts, read_part
-from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter, share_prefix
+from featurepipe.store.writer import DEFAULT_PART_BYTES, DEFAULT_PART_SECONDS, PartWriter, shard_prefix
 
 
 def canonical_json(fields: Mapping[str, Any]) -> str:
@@ -311,13 +311,13 @@ class Space:
         """Reads the headers of all parts (each only once); unreadable ones are named in ``damaged``."""
         return self._headers.refresh(self.path / "parts", self.fingerprint)
 
-    def parts_of_share(self, run_id: str, share: str) -> list[PartInfo]:
-        """Reads the headers of what writers of one share of a run have committed; unreadable ones are left out.
+    def parts_of_shard(self, run_id: str, shard: str) -> list[PartInfo]:
+        """Reads the headers of what writers of one shard of a run have committed; unreadable ones are left out.
 
-        A run that several processes write shares its images out; a share whose process was killed goes on from here.
+        A run that several processes write shares its images out; a shard whose process was killed goes on from here.
         """
         found = []
-        for path in listed(self.path, f"parts/{share_prefix(checked_run_id(run_id), share)}*.h5"):
+        for path in listed(self.path, f"parts/{shard_prefix(checked_run_id(run_id), shard)}*.h5"):
             with contextlib.suppress(CorruptPart):
                 found.append(read_part(path))
         return found
@@ -377,7 +377,7 @@ class Space:
         run_id: str,
         *,
         dataset: str = "",
-        share: str = "",
+        shard: str = "",
         part_bytes: int = DEFAULT_PART_BYTES,
         part_seconds: float = DEFAULT_PART_SECONDS,
         on_overflow: Callable[[str], None] | None = None,
@@ -387,7 +387,7 @@ class Space:
         Args:
             run_id: From ``FeatureStore.new_run_id``.
             dataset: Which dataset the images' ids belong to.
-            share: Which share of a run this writer has, letters and digits; see ``parts_of_share``.
+            shard: Which shard of a run this writer has, letters and digits; see ``parts_of_shard``.
             part_bytes: Commit when this much is waiting.
             part_seconds: Commit when a row has waited this long.
             on_overflow: Called once for each column that float16 cannot hold.
@@ -401,7 +401,7 @@ class Space:
             run_id=checked_run_id(run_id),
             dataset=checked_dataset(dataset) if dataset else "",
             dtype=dtype,
-            share=share,
+            shard=shard,
             part_bytes=part_bytes,
             part_seconds=part_seconds,
             on_overflow=on_overflow,

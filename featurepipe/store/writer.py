@@ -96,7 +96,7 @@ class PartWriter:
         run_id: str,
         dataset: str,
         dtype: str,
-        share: str = "",
+        shard: str = "",
         part_bytes: int = DEFAULT_PART_BYTES,
         part_seconds: float = DEFAULT_PART_SECONDS,
         on_overflow: Callable[[str], None] | None = None,
@@ -107,7 +107,7 @@ class PartWriter:
         self.seconds = 0.0
         self._folder = folder
         self._attributes = {"fingerprint": fingerprint, "run_id": run_id, "dataset": dataset}
-        self._name = f"{share_prefix(run_id, share)}{secrets.token_hex(4)}"  # several writers may share a run
+        self._name = f"{shard_prefix(run_id, shard)}{secrets.token_hex(4)}"  # several writers may share a run
         self._count = 0
         self._rounding = Rounding(dtype, on_overflow)
         self._part_bytes = part_bytes
@@ -236,9 +236,9 @@ class PartWriter:
         raise StoreError("an earlier part could not be committed, so this writer takes no more rows; start a new run")
 
 
-def share_prefix(run_id: str, share: str = "") -> str:
-    """What the names of a run's parts begin with, or of one share of it."""
-    return f"{run_id}-{share}-" if share else f"{run_id}-"
+def shard_prefix(run_id: str, shard: str = "") -> str:
+    """What the names of a run's parts begin with, or of one shard of it."""
+    return f"{run_id}-{shard}-" if shard else f"{run_id}-"
 
 
 def encode_ids(ids: Sequence[str]) -> npt.NDArray[np.bytes_]:

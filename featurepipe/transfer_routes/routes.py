@@ -28,7 +28,7 @@ from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import FEW, NODE_SECONDS, TimedForward, Timing, least_disturbed
 from featurepipe.layer_depth.options import DepthOptions
 from featurepipe.layer_depth.phases import EXTRACT, MEASURE, Phases
-from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, counts_of, extracted, settled
+from featurepipe.layer_depth.sources import DEFAULT_STORE, ComparisonRequest, Extracted, counts_of, extracted, settled
 from featurepipe.layer_depth.study import PRETRAINED, images_of
 from featurepipe.option_groups import as_asked, declared
 from featurepipe.prediction.own_classes import OwnClassifier
@@ -185,21 +185,23 @@ def routes(
     say = announcer(silent=silent)
     clock = Phases(PHASES, say)
     layers = DepthOptions(max_width=max_width, **RoleOptions.of(options).arguments())
-    wanted = Wanted(source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code)
+    request = ComparisonRequest(
+        source, store, dataset, backbone, weights, nodes, test_source, silent, layers, trust_code
+    )
     with executor_on(None if dry_run else cluster, say=say) as executor:
         with clock.phase(PREPARE), _showing(clock.title(PREPARE), silent=silent):
-            plan = planned(wanted, options, labels, extraction or {}, Silent().say if dry_run else say)
+            plan = planned(request, options, labels, extraction or {}, Silent().say if dry_run else say)
         arguments = {**(extraction or {}), "cluster": executor}
         if dry_run:
-            return _outlook(extracted(plan.wanted, arguments, dry_run=True, say=say), plan, options, labels, say)
+            return _outlook(extracted(plan.request, arguments, dry_run=True, say=say), plan, options, labels, say)
         with clock.phase(EXTRACT):
             if _lacks_activations(plan):
-                quiet = replace(plan.wanted, silent=True)  # all of it is said again by the extraction itself
+                quiet = replace(plan.request, silent=True)  # all of it is said again by the extraction itself
                 with _showing(clock.title(EXTRACT), "settling precision, and timing a sample of images", silent=silent):
                     ahead = extracted(quiet, arguments, dry_run=True, say=Silent().say)
                 _check_room(ahead, say)
                 arguments |= settled(ahead.records[0])  # so that precisions are not compared again
-            found = extracted(plan.wanted, arguments, dry_run=False, say=say)
+            found = extracted(plan.request, arguments, dry_run=False, say=say)
         with _showing("settling routes", silent=silent):
             study = settle_routes(found, options, labels, say)
             loaded = _with_weights(found, plan, trust_code)
@@ -290,14 +292,14 @@ def _nothing_fits(budget: float, untried: Sequence[Untried]) -> UsageError:
 
 def _lacks_activations(plan: RoutesPlan) -> bool:
     """Whether activations of images are yet to be computed, as far as the store's feature spaces tell."""
-    wanted = plan.wanted
-    if is_store(wanted.source) or not wanted.further:
+    request = plan.request
+    if is_store(request.source) or not request.further:
         return False
-    target = DEFAULT_STORE if wanted.store is None else wanted.store
+    target = DEFAULT_STORE if request.store is None else request.store
     if not is_store(target):
         return True
     kept = target if isinstance(target, FeatureStore) else FeatureStore(target, create=False)
-    return not any(set(wanted.further) <= set(space.columns()) for space in kept.spaces())
+    return not any(set(request.further) <= set(space.columns()) for space in kept.spaces())
 
 
 def _outlook(
@@ -411,7 +413,7 @@ def _context(
     if from_images := [kind for kind in FROM_IMAGES if kind in kinds]:
         machine = found.machine
         images = RoutesImages(
-            None if found.is_held else found.wanted.source, found.wanted.test_source, extraction, machine.device,
+            None if found.is_held else found.request.source, found.request.test_source, extraction, machine.device,
             machine.workers, precision_of(options.tuning(FULL), machine),
         )  # fmt: skip
         if why := _unlisted(study, images) or (_lacks_room(network, options, machine) if is_local else ""):
@@ -474,13 +476,13 @@ _Loaded = tuple[Backbone, NetworkName]
 
 def _with_weights(found: Extracted, plan: RoutesPlan, trust_code: bool | Collection[str]) -> _Loaded | UsageError:
     """The network with the weights that made the features, and how other processes load it; or why it cannot be had."""
-    asked = found.wanted.weights
+    asked = found.request.weights
     if not found.is_held:
         return found.backbone, NetworkName.of(found.backbone, asked, int(found.backbone_record["seed"] or 0))
     space = found.store.space(found.spaces[PRETRAINED])
     own = None if asked == "DEFAULT" else asked
     try:
-        return network_of(space, TuneOptions(weights=own, trust_code=trust_code, backbone=plan.wanted.backbone))
+        return network_of(space, TuneOptions(weights=own, trust_code=trust_code, backbone=plan.request.backbone))
     except UsageError as error:
         return error
 
@@ -494,7 +496,7 @@ def _similarity(
     executor: Executor,
 ) -> dict[str, Any]:
     """How far the images are from what the network was trained on; of a store's dataset they are read where they came from."""
-    source = last_source(found.store, found.dataset) if found.is_held else found.wanted.source
+    source = last_source(found.store, found.dataset) if found.is_held else found.request.source
     if source is None:
         return {"relative": None, "why": "no run says where the images are; give them as the source"}
     if isinstance(loaded, UsageError):

@@ -20,7 +20,7 @@ from featurepipe.errors import Message, Option, UsageError, pip_install
 from featurepipe.extraction.extract import network_for
 from featurepipe.features.reading import opened
 from featurepipe.layer_depth.folds import LEFT_OUT, Codes, Fold, Positions, settle_elsewhere, with_choices
-from featurepipe.layer_depth.sources import DEFAULT_STORE, Extracted, Wanted, source_options
+from featurepipe.layer_depth.sources import DEFAULT_STORE, ComparisonRequest, Extracted, source_options
 from featurepipe.layer_depth.study import (
     PRETRAINED,
     DepthColumn,
@@ -68,7 +68,7 @@ class RoutesPlan:
     """What is read of the network.
 
     Attributes:
-        wanted: what is asked for, with the nodes and activations.
+        request: what is asked for, with the nodes and activations.
         bottleneck: the column of the bottleneck.
         cuts: the column of the activations at each cut.
         unable: routes that cannot be taken, and why.
@@ -77,7 +77,7 @@ class RoutesPlan:
         lacking: columns of blocks that the store does not have.
     """
 
-    wanted: Wanted
+    request: ComparisonRequest
     bottleneck: str
     cuts: dict[str, str]
     unable: dict[str, str]
@@ -97,33 +97,39 @@ class RoutesPlan:
         self.say(f"without the route {kind}: {why}")
 
 
-def _network_name(wanted: Wanted) -> str:
-    store = DEFAULT_STORE if wanted.store is None else wanted.store
-    return network_for(store, wanted.backbone, wanted.weights, Silent().say)  # the extraction says which
+def _network_name(request: ComparisonRequest) -> str:
+    store = DEFAULT_STORE if request.store is None else request.store
+    return network_for(store, request.backbone, request.weights, Silent().say)  # the extraction says which
 
 
 def planned(
-    wanted: Wanted, options: RoutesOptions, labels: Any, extraction: Mapping[str, Any], say: Callable[[str], None]
+    request: ComparisonRequest,
+    options: RoutesOptions,
+    labels: Any,
+    extraction: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> RoutesPlan:
     """Which columns of which nodes are read, of a store those that it has."""
     held: Mapping[str, Any] | None = None
-    if is_store(wanted.source):
-        kept = wanted.source if isinstance(wanted.source, FeatureStore) else FeatureStore(wanted.source, create=False)
-        space = choose_space(kept, wanted.backbone, wanted.dataset or kept.only_dataset())
-        if wanted.backbone != space.backbone:
-            check_trusted(space.backbone, wanted.trust_code, named_by="the store")
+    if is_store(request.source):
+        kept = (
+            request.source if isinstance(request.source, FeatureStore) else FeatureStore(request.source, create=False)
+        )
+        space = choose_space(kept, request.backbone, request.dataset or kept.only_dataset())
+        if request.backbone != space.backbone:
+            check_trusted(space.backbone, request.trust_code, named_by="the store")
         network, held = load_backbone(space.backbone, "none"), space.columns()
         every: Sequence[str] = columns_of_space(network, space, options.max_width)
     else:
-        network, every = load_backbone(_network_name(wanted), wanted.weights), [AUTO]
+        network, every = load_backbone(_network_name(request), request.weights), [AUTO]
     (bottleneck,) = map(str, network.columns(["bottleneck"]))
-    plan = RoutesPlan(wanted, bottleneck, {}, {}, say)
+    plan = RoutesPlan(request, bottleneck, {}, {}, say)
     if held is not None and bottleneck not in held:
         raise UsageError(
             f"{kept.path} has no {bottleneck}, the bottleneck of {network.name}, which every route reads; it has "
             f"{', '.join(held)}. Give the images as the source, and the store with --store"
         )
-    asked = [wanted.nodes] if isinstance(wanted.nodes, str) else list(wanted.nodes)
+    asked = [request.nodes] if isinstance(request.nodes, str) else list(request.nodes)
     some = choose_columns(network, every if asked == [AUTO] else asked, None, options.max_width)
     if asked == [AUTO]:
         some = _few(some)
@@ -135,7 +141,7 @@ def planned(
     if LAYERS in options.kinds:
         _plan_blocks(plan, network, options, held)
     further = [column for column in (*plan.cuts.values(), *plan.blocks) if column not in names]
-    plan.wanted = replace(wanted, nodes=names, further=list(dict.fromkeys(further)))
+    plan.request = replace(request, nodes=names, further=list(dict.fromkeys(further)))
     is_random = network.is_random
     if held is not None:
         is_random = bool(space.notes.get("backbone", {}).get("random"))
@@ -190,7 +196,7 @@ def _plan_own_classes(
     plan: RoutesPlan, network: Backbone, options: RoutesOptions, extraction: Mapping[str, Any]
 ) -> None:
     """Whether the labels of the images are among the network's own classes, before any is computed, if that was asked for."""
-    with closing(opened(plan.wanted.source, source_options(extraction))) as images:
+    with closing(opened(plan.request.source, source_options(extraction))) as images:
         listed = sorted({label for label in images.scan().column("label").to_pylist() if label is not None})
     classes = told_apart(network.classes)
     if listed and classes and isinstance(why := labels_meant(network, classes, listed, options), Message):
@@ -208,7 +214,7 @@ def _plan_images(plan: RoutesPlan, options: RoutesOptions, store: FeatureStore |
         why = f"learning from images needs Lightning Fabric; run: {pip_install('tune')}"
     elif store is not None and wanted:
         try:
-            source, _ = recorded_source(store, plan.wanted.dataset or store.only_dataset())
+            source, _ = recorded_source(store, plan.request.dataset or store.only_dataset())
             source.close()
         except UsageError as error:
             why = str(error)

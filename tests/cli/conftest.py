@@ -1,4 +1,4 @@
-"""Commands run in this process, with the verb behind them replaced by one that notes how it was called."""
+"""Commands run in this process, with the command behind them replaced by one that notes how it was called."""
 
 import importlib
 import inspect
@@ -13,28 +13,28 @@ from featurepipe.store import FeatureStore
 
 
 @dataclass
-class Verb:
-    """Stands for a verb: takes what the verb takes, and returns ``result``."""
+class StandIn:
+    """Stands for a command: takes what the command takes, and returns ``result``."""
 
     signature: inspect.Signature
     result: Any
     given: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.given = dict(self.signature.bind(*args, **kwargs).arguments)  # a TypeError if the verb does not take them
+        self.given = dict(self.signature.bind(*args, **kwargs).arguments)  # a TypeError if it does not take them
         if isinstance(self.result, Exception):
             raise self.result
         return self.result
 
 
 @pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Verb]:
-    """Replaces a verb, named as ``module:function``."""
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandIn]:
+    """Replaces a command, named as ``module:function``."""
 
-    def replace(place: str, result: Any = None) -> Verb:
+    def replace(place: str, result: Any = None) -> StandIn:
         module, _, name = place.partition(":")
         found = importlib.import_module(module)
-        stand_in = Verb(inspect.signature(getattr(found, name)), result)
+        stand_in = StandIn(inspect.signature(getattr(found, name)), result)
         monkeypatch.setattr(found, name, stand_in)
         return stand_in
 

@@ -8,8 +8,8 @@ DRIFT = "featurepipe.monitoring.drift:drift"
 DUPLICATES = "featurepipe.monitoring.duplicates:duplicates"
 
 
-def test_options_of_drift_reach_the_verb(verb, call, store):
-    called = verb(DRIFT, {"verdict": "no drift"})
+def test_options_of_drift_reach_the_command(command, call, store):
+    called = command(DRIFT, {"verdict": "no drift"})
     line = (
         "--dataset d --node a --node b:gmp --backbone vgg16 --reference first --snapshot r2 --group patient --bundle b "
         "--warn 0.05 --fail 0.001 --seed 4 --quiet --json"
@@ -23,8 +23,8 @@ def test_options_of_drift_reach_the_verb(verb, call, store):
     }  # fmt: skip
 
 
-def test_what_drift_is_asked_by_default(verb, call, store):
-    called = verb(DRIFT, {})
+def test_what_drift_is_asked_by_default(command, call, store):
+    called = command(DRIFT, {})
     call("drift", store.path, "--json")
     del called.given["store"]
     assert called.given == {
@@ -34,15 +34,15 @@ def test_what_drift_is_asked_by_default(verb, call, store):
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_drift_beyond_the_threshold_is_a_failure(code, verb, texts, call, store):
-    verb(DRIFT, {"exit_code": code})
+def test_drift_beyond_the_threshold_is_a_failure(code, command, texts, call, store):
+    command(DRIFT, {"exit_code": code})
     texts("featurepipe.monitoring.text:drift_text")
     answer = call("drift", store.path)
     assert (answer.code, answer.out) == (code, f"drift_text of {{'exit_code': {code}}}\n")
 
 
-def test_options_of_duplicates_reach_the_verb(verb, call, store):
-    called = verb(DUPLICATES, {"images": 2})
+def test_options_of_duplicates_reach_the_command(command, call, store):
+    called = command(DUPLICATES, {"images": 2})
     line = "--dataset d --node a --backbone vgg16 --near 0.03 --to pairs.csv --raw-ids --quiet --json"
     answer = call("duplicates", store.path, *line.split())
     assert (answer.code, json.loads(answer.out)) == (0, {"images": 2})
@@ -54,8 +54,8 @@ def test_options_of_duplicates_reach_the_verb(verb, call, store):
 
 
 @pytest.mark.parametrize(("options", "near"), [((), None), (("--near", "auto"), "auto"), (("--near", "1e-2"), 0.01)])
-def test_a_distance_is_a_number_or_auto_or_none(options, near, verb, call, store):
-    called = verb(DUPLICATES, {})
+def test_a_distance_is_a_number_or_auto_or_none(options, near, command, call, store):
+    called = command(DUPLICATES, {})
     call("duplicates", store.path, "--json", *options)
     assert called.given["near"] == near
     assert called.given["node"] == "bottleneck"

@@ -8,13 +8,13 @@ REPORT = "featurepipe.reporting.from_store:report"
 NIGHTS = "featurepipe.reporting.nights:nights_report"
 
 
-def test_options_of_findings_reach_the_verb(verb, call, store, tmp_path, monkeypatch):
+def test_options_of_findings_reach_the_command(command, call, store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b", "photos", "others"):  # paths that are not there are refused at once
         (tmp_path / name).mkdir(exist_ok=True)
     (tmp_path / "b" / "bundle.json").write_text("{}")
     monkeypatch.setattr("sys.argv", ["featurepipe", "report", "kept"])
-    called = verb(REPORT, Path("page.html"))
+    called = command(REPORT, Path("page.html"))
     line = (
         "--bundle b --dataset d --split s --source photos --test-source others --labels l.csv --only-under photos "
         "--only-under s3://a --path-column file --label kind --group patient --split-column fold --to page.html --quiet"
@@ -31,8 +31,8 @@ def test_options_of_findings_reach_the_verb(verb, call, store, tmp_path, monkeyp
     }  # fmt: skip
 
 
-def test_options_of_nights_reach_the_page(verb, call, store):
-    called = verb(NIGHTS, Path("page.html"))
+def test_options_of_nights_reach_the_page(command, call, store):
+    called = command(NIGHTS, Path("page.html"))
     answer = call("report", store.path, "--nights", "--last", "7", "--job", "nightly", "--to", "page.html", "--quiet")
     assert (answer.code, answer.out) == (0, "page.html\n")
     assert called.given.pop("store").path == store.path

@@ -12,8 +12,8 @@ RUN = "featurepipe.jobs.run:run_job"
 TEXT = "featurepipe.jobs.text"
 
 
-def test_options_reach_the_verb(verb, call):
-    called = verb(RUN, {"exit_code": 0})
+def test_options_reach_the_command(command, call):
+    called = command(RUN, {"exit_code": 0})
     assert call("run", "nightly.toml", "--json").code == 0
     assert called.given == {
         "path": "nightly.toml", "dry_run": False, "retry_rejects": False, "log_format": "text", "silent": False,
@@ -25,14 +25,14 @@ def test_options_reach_the_verb(verb, call):
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 4, 143])
-def test_the_exit_code_is_the_records(code, verb, call):
-    verb(RUN, {"exit_code": code, "status": "x"})
+def test_the_exit_code_is_the_records(code, command, call):
+    command(RUN, {"exit_code": code, "status": "x"})
     answer = call("run", "nightly.toml", "--json")
     assert (answer.code, json.loads(answer.out)) == (code, {"exit_code": code, "status": "x"})
 
 
-def test_a_job_that_is_running_is_75(verb, call):
-    verb(RUN, StoreLocked("job nightly runs already"))
+def test_a_job_that_is_running_is_75(command, call):
+    command(RUN, StoreLocked("job nightly runs already"))
     answer = call("run", "nightly.toml")
     assert (answer.code, answer.out, answer.err) == (75, "", "featurepipe: job nightly runs already\n")
 
@@ -45,9 +45,9 @@ def test_a_job_that_is_running_is_75(verb, call):
         (PermissionError(13, "Permission denied", "features"), 1),
     ],
 )
-def test_a_log_for_machines_holds_what_ended_the_command(verb, call, error, code):
+def test_a_log_for_machines_holds_what_ended_the_command(command, call, error, code):
     """Job-file errors and exit code 75, too, are a line of JSON, whatever the number of their lines."""
-    verb(RUN, error)
+    command(RUN, error)
     answer = call("run", "jobs/nightly.toml", "--log-format", "json")
     assert (answer.code, answer.out) == (code, "")
     (line,) = answer.err.splitlines()
@@ -56,25 +56,25 @@ def test_a_log_for_machines_holds_what_ended_the_command(verb, call, error, code
     assert (said["text"], said["exit_code"]) == (str(error), code)
 
 
-def test_a_plan_has_a_text_of_its_own_and_no_exit_code(verb, texts, call):
-    verb(RUN, {"listed": 3})
+def test_a_plan_has_a_text_of_its_own_and_no_exit_code(command, texts, call):
+    command(RUN, {"listed": 3})
     texts(f"{TEXT}:plan_text")
     texts(f"{TEXT}:summary_text")
     assert call("run", "nightly.toml", "--dry-run").out == "plan_text of {'listed': 3}\n"
     assert call("run", "nightly.toml").out == "summary_text of {'listed': 3}\n"
 
 
-def test_a_log_for_machines_is_not_followed_by_a_summary(verb, texts, call):
+def test_a_log_for_machines_is_not_followed_by_a_summary(command, texts, call):
     """Whoever collects standard output and standard error into one log gets JSON only."""
-    verb(RUN, {"exit_code": 0})
+    command(RUN, {"exit_code": 0})
     texts(f"{TEXT}:plan_text")
     assert call("run", "nightly.toml", "--log-format", "json").out == ""
     assert call("run", "nightly.toml", "--log-format", "json", "--dry-run").out == "plan_text of {'exit_code': 0}\n"
     assert call("run", "nightly.toml", "--log-format", "json", "--json").out == '{\n  "exit_code": 0\n}\n'
 
 
-def test_an_unknown_log_format_is_wrong_usage(verb, call):
-    called = verb(RUN, {})
+def test_an_unknown_log_format_is_wrong_usage(command, call):
+    called = command(RUN, {})
     assert call("run", "nightly.toml", "--log-format", "xml").code == 2
     assert called.given == {}
 

@@ -51,8 +51,8 @@ def test_a_full_disk_behind_standard_output_is_one_line_and_a_failure(launcher):
     assert done.err.splitlines() == ["featurepipe: [Errno 28] No space left on device"]
 
 
-def test_errors_are_lines_of_ours(verb, call):
-    verb(RUN, UsageError("job.toml: a\x1b[2J: unknown", "job.toml: b\nfeaturepipe: all is well: unknown"))
+def test_errors_are_lines_of_ours(command, call):
+    command(RUN, UsageError("job.toml: a\x1b[2J: unknown", "job.toml: b\nfeaturepipe: all is well: unknown"))
     answer = call("run", "job.toml")
     assert answer.err.splitlines() == [
         "featurepipe: job.toml: a\\x1b[2J: unknown",
@@ -67,8 +67,8 @@ def test_what_was_typed_is_not_obeyed(call):
     assert "more\\x1b]0;title\\x07\\u202e" in answer.err
 
 
-def test_a_defect_is_a_line_of_a_log_for_machines(verb, call):
-    verb(RUN, ZeroDivisionError("a defect of ours"))
+def test_a_defect_is_a_line_of_a_log_for_machines(command, call):
+    command(RUN, ZeroDivisionError("a defect of ours"))
     answer = call("run", "job.toml", "--log-format", "json")
     (line,) = answer.err.splitlines()
     assert (answer.code, json.loads(line)["event"]) == (1, "failed")
@@ -79,12 +79,12 @@ ODD = "cat\x1b[2J\u202egnp.\nfeaturepipe: all is well\u2028x\ud800.png"
 SHOWN = r"cat\x1b[2J\u202egnp.\nfeaturepipe: all is well\u2028x\ud800.png"
 
 
-def test_a_defect_is_shown_whole_and_not_obeyed(verb, call):
+def test_a_defect_is_shown_whole_and_not_obeyed(command, call):
     inner = KeyError(ODD)
     outer = ZeroDivisionError(f"a defect of ours at {ODD}")
     outer.__cause__ = inner
     outer.add_note(f"seen at {ODD}")
-    verb(RUN, outer)
+    command(RUN, outer)
     answer = call("run", "job.toml")
     assert (answer.code, answer.out) == (1, "")
     first, *frames, last, note = answer.err[answer.err.rindex("Traceback") :].splitlines()
@@ -98,8 +98,8 @@ def test_a_defect_is_shown_whole_and_not_obeyed(verb, call):
     assert not re.search("[\x00-\x09\x0b-\x1f\u202e\u2028\ud800]", answer.err)
 
 
-def test_defects_in_groups_are_not_obeyed_either(verb, call):
-    verb(RUN, ExceptionGroup(f"several at {ODD}", [ValueError(ODD), TypeError("plain")]))
+def test_defects_in_groups_are_not_obeyed_either(command, call):
+    command(RUN, ExceptionGroup(f"several at {ODD}", [ValueError(ODD), TypeError("plain")]))
     answer = call("run", "job.toml")
     assert answer.code == 1
     assert "several at cat\\x1b[2J" in answer.err
@@ -108,8 +108,8 @@ def test_defects_in_groups_are_not_obeyed_either(verb, call):
     assert "\nfeaturepipe: all is well" not in answer.err
 
 
-def test_a_defect_with_an_odd_name_is_one_line_of_a_log(verb, call):
-    verb(RUN, ZeroDivisionError(ODD))
+def test_a_defect_with_an_odd_name_is_one_line_of_a_log(command, call):
+    command(RUN, ZeroDivisionError(ODD))
     (line,) = call("run", "job.toml", "--log-format", "json").err.splitlines()
     assert line.isascii()
     assert f"ZeroDivisionError: {ODD}" in json.loads(line)["text"]

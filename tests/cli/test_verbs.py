@@ -1,4 +1,4 @@
-"""What is typed reaches the verb, and what the verb returns is printed."""
+"""What is typed reaches the command, and what the command returns is printed."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ ROUTES = "featurepipe.transfer_routes.routes:routes"
 
 @pytest.fixture(autouse=True)
 def every_path_is_there(monkeypatch):
-    """The paths below are words; those that are not there are refused before a verb is called (test_paths.py)."""
+    """The paths below are words; those that are not there are refused before a command is called (test_paths.py)."""
     for module in (cli_curation, cli_depth, cli_extract, cli_heads):
         monkeypatch.setattr(module, "existing_source", lambda given: None)
     for module in (cli_depth, cli_options):
@@ -173,17 +173,17 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_option_reaches_the_verb(case, verb, call):
+def test_every_option_reaches_the_command(case, command, call):
     place, line, expected = CASES[case]
-    called = verb(place, {"done": "so"})
+    called = command(place, {"done": "so"})
     answer = call(*line.split(), "--json")
     assert (answer.code, json.loads(answer.out)) == (0, {"done": "so"})
     called.given.pop("command", None)
     assert called.given == expected
 
 
-def test_evaluate_reads_a_store_that_exists(verb, call, store):
-    called = verb(EVALUATE, {"measured": 1})
+def test_evaluate_reads_a_store_that_exists(command, call, store):
+    called = command(EVALUATE, {"measured": 1})
     line = "--dataset d --split s --labels l.csv --label class --target age --multilabel a,b --positive a "
     line += "--ignore-unknown-classes --among-labels --mapping m.csv --weights w --bootstrap 50 --seed 2 --quiet --json"
     answer = call("evaluate", "bundle", store.path, *line.split())
@@ -198,16 +198,16 @@ def test_evaluate_reads_a_store_that_exists(verb, call, store):
     }  # fmt: skip
 
 
-def test_the_exit_code_is_the_records(verb, call):
+def test_the_exit_code_is_the_records(command, call):
     for place, line in ((EXTRACT, "extract x --store y"), (PREDICT, "predict x y --to z.csv")):
-        verb(place, {"exit_code": 3})
+        command(place, {"exit_code": 3})
         assert call(*line.split(), "--json").code == 3
-    verb(DEPTH, {"provenance": {"exit_code": 3}})
+    command(DEPTH, {"provenance": {"exit_code": 3}})
     assert call("depth", "x", "--json").code == 3
 
 
-def test_comparisons_remember_how_they_were_called(verb, call, monkeypatch):
-    called = verb(DEPTH, {})
+def test_comparisons_remember_how_they_were_called(command, call, monkeypatch):
+    called = command(DEPTH, {})
     monkeypatch.setattr("sys.argv", ["/somewhere/featurepipe", "depth", "my photos"])
     call("depth", "my photos", "--json")
     assert called.given["command"] == "featurepipe depth 'my photos'"
@@ -224,14 +224,14 @@ def test_comparisons_remember_how_they_were_called(verb, call, monkeypatch):
         ("runs kept --last some", "'some' is no number from 1"),
     ],
 )
-def test_mistakes_are_refused_before_the_verb(line, message, call):
+def test_mistakes_are_refused_before_the_command(line, message, call):
     answer = call(*line.split())
     assert (answer.code, answer.out) == (2, "")
     assert message in answer.err
 
 
-def test_text_or_one_document(verb, texts, call):
-    verb(EXTRACT, {"dataset": "é"})
+def test_text_or_one_document(command, texts, call):
+    command(EXTRACT, {"dataset": "é"})
     texts("featurepipe.extraction.text:text")
     texts("featurepipe.extraction.text:estimate_text")
     assert call("extract", "x", "--store", "y").out == "text of {'dataset': 'é'}\n"

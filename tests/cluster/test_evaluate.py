@@ -48,7 +48,7 @@ def test_scores_come_in_order_and_features_stay_away(dataset, dask_executor, mon
     monkeypatch.setattr(Bundle, "probabilities", probabilities)
     evaluate(dataset.trained, dataset.store, bootstrap=0, cluster=dask_executor, silent=True)
     ((features, found),) = scored
-    assert len(features.shared().places) == 2
+    assert len(features.row_shards().places) == 2
     np.testing.assert_allclose(found, original(dataset.trained, features.features), rtol=1e-12)
 
 

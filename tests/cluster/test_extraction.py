@@ -47,8 +47,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies then lie in different slices, and there is something to hand out."""
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies then lie in different shards, and there is something to hand out."""
     monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=8, most=8))
 
 
@@ -303,10 +303,10 @@ def test_few_bytes_pass_through_the_scheduler(photos: Path, dask_executor: DaskE
                 yield shard, result
 
     record = run(photos, tmp_path / "store", Counting(), nodes=["c1.1:flatten"])
-    slices = record["cluster"]["slices"]
-    assert len(travelled) == slices == 12
+    shards = record["cluster"]["slices"]
+    assert len(travelled) == shards == 12
     features = sum(path.stat().st_size for path in (tmp_path / "store").glob("spaces/*/parts/*.h5"))
-    assert sum(travelled) < 90 * 200 + slices * 6000 < features / 8
+    assert sum(travelled) < 90 * 200 + shards * 6000 < features / 8
 
 
 def test_the_network_is_loaded_once_per_process(photos: Path, dask_executor: DaskExecutor, tmp_path: Path) -> None:

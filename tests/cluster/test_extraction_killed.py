@@ -40,8 +40,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices of 40 images."""
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of 40 images."""
     monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=40, most=40))
 
 
@@ -139,7 +139,7 @@ def test_a_slow_worker_does_not_stall_the_end(
     store, start = tmp_path / "store", time.monotonic()
     record = run(SlowThere(photos, 0), store, own_executor)
     assert record["counts"]["computed"] == IMAGES
-    assert time.monotonic() < start + 60  # its slices alone take two minutes each
+    assert time.monotonic() < start + 60  # its shards alone take two minutes each
     check_whole(store, photos, tmp_path)
 
 

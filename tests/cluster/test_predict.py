@@ -140,7 +140,7 @@ def test_too_many_rejects_leave_the_file_as_locally(album, local, cluster_addres
 def test_what_comes_early_waits_and_the_flow_does_not_run_ahead(
     album, local, dask_executor, tmp_path, monkeypatch, slow_folder
 ):
-    """The first slice takes long; slices of 8 make 19, of which 3 for each of two workers may be begun beyond it."""
+    """The first shard takes long; shards of 8 make 19, of which 3 for each of two workers may be begun beyond it."""
     monkeypatch.setattr(shards, "WholeBatches", lambda batch, most: Eights())
     begun, taken = [], []
     monkeypatch.setattr(WorkerTotals, "add", lambda self, images, run: taken.append(images))
@@ -167,7 +167,7 @@ def watched(cut, see, *args):
 
 
 @pytest.mark.parametrize("rate", [None, 3.0, 5000.0])
-def test_slices_are_whole_batches(rate):
+def test_shards_are_whole_batches(rate):
     sizes = WholeBatches(16, most=100)
     if rate is not None:
         sizes.note(1000, 1000 / rate)

@@ -10,8 +10,7 @@ import pytest
 from sklearn.pipeline import make_pipeline
 
 from featurepipe.errors import UsageError
-from featurepipe.execution import row_shard as share
-from featurepipe.execution import spread
+from featurepipe.execution import row_shard, spread
 from featurepipe.execution.row_shards import cuts
 from featurepipe.heads import (
     BlockCentroid,
@@ -298,14 +297,16 @@ def test_what_fits_a_workers_memory_is_read_once_to_look_and_once_to_keep(dask_e
 def test_features_are_kept_as_far_as_they_fit(room, dtype, monkeypatch):
     """Room is in bytes a value: 4 as they are computed with, 2 as they are stored."""
     features, _ = made(dtype=np.float16)
-    stored = share.StoredRows(ArrayBlocks(features), 0)
-    monkeypatch.setattr(share, "room_here", lambda: int(room * features.size))
-    monkeypatch.setattr(share, "all_threads", nullcontext)
-    kept = share.keep((partial(MappedBlocks, function=np.negative, width=WIDTH),), np.dtype(np.float32), None, stored)
+    stored = row_shard.StoredRows(ArrayBlocks(features), 0)
+    monkeypatch.setattr(row_shard, "room_here", lambda: int(room * features.size))
+    monkeypatch.setattr(row_shard, "all_threads", nullcontext)
+    kept = row_shard.keep(
+        (partial(MappedBlocks, function=np.negative, width=WIDTH),), np.dtype(np.float32), None, stored
+    )
     np.testing.assert_array_equal(kept.read(np.float32), -features.astype(np.float32))
     held = kept if isinstance(kept, ArrayBlocks) else kept.source
     assert (held.dtype if isinstance(held, ArrayBlocks) else None) == dtype
-    limited = share.keep((), np.dtype(np.float32), 8 * features.size - 1, stored)  # half is for other things
+    limited = row_shard.keep((), np.dtype(np.float32), 8 * features.size - 1, stored)  # half is for other things
     assert isinstance(limited, ArrayBlocks) is (room >= 2)
     assert limited.dtype == np.float16
 
@@ -313,11 +314,11 @@ def test_features_are_kept_as_far_as_they_fit(room, dtype, monkeypatch):
 def test_what_travels_arrives_as_it_was():
     rng = np.random.default_rng(0)
     for array in (rng.integers(0, 2, 13), rng.integers(0, 2, (3, 13)).astype(np.float32), rng.integers(-3, 900, 13)):
-        small = share.packed(array)
-        np.testing.assert_array_equal(share.unpacked(*small), array)
+        small = row_shard.packed(array)
+        np.testing.assert_array_equal(row_shard.unpacked(*small), array)
         assert small[0].nbytes <= 2 * 13
     weights = rng.uniform(0, 1, (2, 13))
-    np.testing.assert_array_equal(share.unpacked(*share.packed(weights)), weights)
+    np.testing.assert_array_equal(row_shard.unpacked(*row_shard.packed(weights)), weights)
     matrices = rng.standard_normal((2, 5, 5))
     matrices += matrices.transpose(0, 2, 1)
     sums = Sums(np.ones(1), np.ones((2, 3)), np.ones(2), [matrices, rng.uniform(0, 1, (2, 5)), None])
@@ -327,7 +328,7 @@ def test_what_travels_arrives_as_it_was():
     assert again.curvature[2] is None
 
 
-def test_shares_end_where_parts_do_if_that_is_near():
+def test_shards_end_where_parts_do_if_that_is_near():
     assert cuts(100, 3, np.array([31, 34, 70, 71])) == [0, 34, 67, 100]
     assert cuts(7, 3, np.empty(0, int)) == [0, 2, 5, 7]
     assert cuts(2, 2, np.array([1])) == [0, 1, 2]

@@ -75,7 +75,7 @@ def test_a_worker_killed_in_a_fit_costs_nothing_but_time(
     assert objective(head, features, codes) == pytest.approx(objective(here, features, codes), rel=1e-6)
     again = BlockLogisticRegression(C=10.0).fit(there, codes)  # on the workers that are left
     assert objective(again, features, codes) == pytest.approx(objective(here, features, codes), rel=1e-6)
-    assert len(there.shared().places) == 2
+    assert len(there.row_shards().places) == 2
 
 
 def test_a_fit_goes_on_with_workers_that_came_after_all_others_died(

@@ -116,40 +116,40 @@ class Rendezvous:
         pass
 
 
-def seated(rank, shares):
+def ranked(rank, shards):
     return (
         rank.rank,
         rank.world_size,
         rank.threads,
         rank.rendezvous,
-        [blocks.shape for blocks, *_ in shares],
+        [blocks.shape for blocks, *_ in shards],
         os.getpid(),
     )
 
 
-def failing(rank, shares, *, who, error):
+def failing(rank, shards, *, who, error):
     if rank.rank == who:
         raise error
     return rank.rank
 
 
 def test_each_worker_has_a_seat_and_its_shares(dask_executor):
-    shares = spread(np.zeros((30, 4), np.float32), dask_executor).shared()
-    answers = gang_run(dask_executor, seated, Rendezvous, [shares.whole])
+    shards = spread(np.zeros((30, 4), np.float32), dask_executor).row_shards()
+    answers = gang_run(dask_executor, ranked, Rendezvous, [shards.whole])
     assert [answer[0] for answer in answers] == [0, 1]
     assert all(answer[1:5] == (2, 1, {"host": "127.0.0.1", "count": 2}, [(15, 4)]) for answer in answers)
     assert {answer[5] for answer in answers} == {worker.pid for worker in dask_executor.workers()}
 
 
 def test_our_own_errors_are_raised_at_once_and_others_after_some_tries(dask_executor, said):
-    shares = spread(np.zeros((30, 4), np.float32), dask_executor).shared()
+    shards = spread(np.zeros((30, 4), np.float32), dask_executor).row_shards()
     with pytest.raises(UsageError, match="no good"):
-        gang_run(dask_executor, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shares.whole])
+        gang_run(dask_executor, partial(failing, who=1, error=UsageError("no good")), Rendezvous, [shards.whole])
     assert not said
     with pytest.raises(
         ClusterError, match=r"failed \(OSError: broken wire\), at the last of 3 tries. Workers .* see their logs"
     ):
-        gang_run(dask_executor, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shares.whole])
+        gang_run(dask_executor, partial(failing, who=0, error=OSError("broken wire")), Rendezvous, [shards.whole])
     assert len(said) == TRIES - 1
     assert said[0].endswith("failed (OSError: broken wire); those that are left begin this again")
 
@@ -177,7 +177,7 @@ def test_a_worker_killed_while_trees_grow_costs_another_try(own_executor, said, 
     features, labels = digits
     workers = {worker.address: worker.pid for worker in own_executor.workers()}
     growing = spread(features, own_executor)
-    places = [place.worker for place in growing.shared().places]
+    places = [place.worker for place in growing.row_shards().places]
     lost = places[0 if victim.startswith("the first") else -1]
 
     def kill():

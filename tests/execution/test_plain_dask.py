@@ -384,7 +384,7 @@ def test_gangs_do_not_wait_for_each_other_for_ever(
     (tmp_path / "release").unlink()
 
     def together(executor: DaskExecutor, name: str) -> list[int]:
-        rows = spread(np.zeros((8, 1), np.float32), executor).shared()
+        rows = spread(np.zeros((8, 1), np.float32), executor).row_shards()
         return rows.gang_run(partial(ranked, tmp_path, name), Rendezvous)
 
     with connect(cluster_address, say=lambda _: None) as other, ThreadPoolExecutor() as threads:
@@ -413,9 +413,9 @@ def test_a_gang_that_loses_a_worker_begins_again_with_those_that_are_left(
         lose(cluster, lost_first)
         (tmp_path / "release").touch()
         assert not happens(task.done)  # and whoever wants to meet it waits, too
-        rows = spread(np.arange(8, dtype=np.float32)[:, None], executor).shared()
+        rows = spread(np.arange(8, dtype=np.float32)[:, None], executor).row_shards()
         ours = thread.submit(rows.gang_run, partial(sum_when_seated, tmp_path), Rendezvous)
-        wait_for(lambda: marks(tmp_path, "seat-of-2") == 2)
+        wait_for(lambda: marks(tmp_path, "rank-of-2") == 2)
         lose(cluster, lost_next)
         assert ours.result(SECONDS) == [28.0]
     assert said == [f"worker {lost_next} was lost; those that are left begin this again"]
@@ -423,7 +423,7 @@ def test_a_gang_that_loses_a_worker_begins_again_with_those_that_are_left(
 
 def sum_when_seated(folder: Path, rank: Any, shards: Any) -> float:
     """The sum of the rows of all shards here; where two sit together, they wait to be sent home."""
-    mark(folder, f"seat-of-{rank.world_size}")
+    mark(folder, f"rank-of-{rank.world_size}")
     if rank.world_size == 2:
         wait_for(rank.stop)
     return sum(total(blocks) for blocks, *_ in shards)
@@ -460,7 +460,7 @@ def test_rows_move_to_workers_that_came_when_all_others_had_died(monkeypatch: py
     ):
         first = executor.addresses()
         kept = [executor.client.submit(int, workers=[one], allow_other_workers=True, pure=False) for one in first]
-        rows = spread(np.arange(8, dtype=np.float32)[:, None], executor).shared().kept(np.float32, None)
+        rows = spread(np.arange(8, dtype=np.float32)[:, None], executor).row_shards().kept(np.float32, None)
         assert rows.reduce(total) == 28
         cluster.scale(0)
         wait_for(lambda: not executor.addresses())

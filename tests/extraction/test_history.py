@@ -131,7 +131,7 @@ def test_a_folder_that_is_blocked_for_a_run_or_two_costs_nothing(album, run, loc
     locked.clear()
     record = run(
         album.root, max_gone=0
-    )  # the folder itself was an entry of the last snapshot, and is no image that went; the books count it
+    )  # the folder itself was an entry of the last snapshot, and is no image that went; the counts have it
     assert record["counts"]["computed"] == record["counts"]["rejected"] == run.forwards == 0
     assert record["counts"]["known"] == record["counts"]["listed"] == 7
     assert (record["gone"], record["changes"]["deleted"]) == (0, 8 - 7)

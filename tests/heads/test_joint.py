@@ -155,8 +155,8 @@ def test_at_a_large_c_the_gap_is_as_small_as_promised_in_500_passes(monkeypatch)
 
 def test_l_bfgs_goes_on_as_long_as_a_factor_costs():
     def patience(rows, dtype, classes, width):
-        shares = row_shards_of(np.zeros((rows, 1)))
-        prepared = passes.Prepared(shares, np.dtype(dtype), np.zeros(width), centred=True)
+        shards = row_shards_of(np.zeros((rows, 1)))
+        prepared = passes.Prepared(shards, np.dtype(dtype), np.zeros(width), centred=True)
         return passes.patience_of(prepared, (classes, width + 1))
 
     assert patience(3000, np.float64, 6, 24) == 30

@@ -420,8 +420,8 @@ def test_products_with_the_second_derivative_are_differences_of_gradients(loss, 
     rng = np.random.default_rng(0)
     features, codes = rng.standard_normal((50, 4)) + 2, rng.integers(0, 3, 50)
     mean = features.mean(axis=0) if intercept else np.zeros(4)
-    shares = row_shards_of(features - mean if centred else features)
-    prepared = passes.Prepared(shares, np.dtype(float), mean, centred)
+    shards = row_shards_of(features - mean if centred else features)
+    prepared = passes.Prepared(shards, np.dtype(float), mean, centred)
     weights = rng.uniform(0, 2, (2, 50))
     problems = [passes.FitProblem(0, 0.7, 1), passes.FitProblem(1, 3.0, 2)]
     ask = passes.Passes(

@@ -140,7 +140,7 @@ def test_progress_becomes_events_with_numbers_now_and_then():
         progress = LoggedProgress(log, 1000, "extract", "images", clock=lambda: next(times))
         for images in (100, 100, 110, 1, 309):
             progress.advance(images, "decode" if images == 110 else "")
-        with show(3, "measure", unit="fits") as shown:  # any verb's own
+        with show(3, "measure", unit="fits") as shown:  # any command's own
             shown.advance(3)
             shown.say("halfway")
     first, second, said = lines_of(stream)

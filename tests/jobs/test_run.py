@@ -523,7 +523,7 @@ def test_a_run_that_waits_for_its_source_says_so(pile, monkeypatch):
 
 
 def test_a_source_that_goes_away_in_the_middle(pile, monkeypatch):
-    """What was computed before stays, the listing is made anew, and the books of the night balance."""
+    """What was computed before stays, the listing is made anew, and the counts of the run balance."""
     from featurepipe.features import reading
     from featurepipe.images.folder import FolderSource
 

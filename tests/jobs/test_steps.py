@@ -166,7 +166,7 @@ def test_train_that_fails_or_has_no_time_leaves_the_bundle(nights, rows, learn, 
     start = time.monotonic()
     late = steps.train(nights.begin(rows[1:], stop=StopRequest.after(0.3)), learn)
     assert time.monotonic() - start < 40  # of the 60 that a fit takes here
-    assert late["skipped"] == "no time was left: the older bundle stays, and the next night trains"
+    assert late["skipped"] == "no time was left: the older bundle stays, and the next run trains"
     assert late["warnings"] == [late["skipped"]]
     assert len(read_bundle(learn.out).seen) == 60
 
@@ -543,7 +543,7 @@ def test_compact_merges_once_and_waits_for_nobody(nights, rows, zoo):
     night = nights.begin(rows)
     with night.store.lock(shared=True):
         busy = steps.compact(night, CompactTable())
-    assert busy["skipped"] == "the store was not to be had alone: parts are merged the next night"
+    assert busy["skipped"] == "the store was not to be had alone: parts are merged in the next run"
     assert "cannot rewrite parts" in busy["warnings"][0]
     done = steps.compact(night, CompactTable())
     assert done["text"] == "2 parts into 1, 10 duplicate rows dropped"

@@ -249,7 +249,7 @@ def test_routes_are_compared_again_when_images_changed_or_a_budget_left_some_out
     with monkeypatch.context() as slow:
         slow.setattr("featurepipe.transfer_routes.measure.TrialTimes.seconds", lambda *_: 1e6)
         short = by_step(pile.run())["routes"]["result"]
-    assert short["text"].endswith("; 2 measurements are left for the next night; page pages/routes.html")
+    assert short["text"].endswith("; 2 measurements are left for the next run; page pages/routes.html")
     again = by_step(pile.run())["routes"]["result"]
     assert again["over_budget"] == 0
     assert "skipped" in by_step(pile.run())["routes"]["result"]

@@ -1,4 +1,4 @@
-"""From pictures to a recommendation: the whole verb, in Python and on the command line."""
+"""From pictures to a recommendation: the whole command, in Python and on the command line."""
 
 import hashlib
 import json

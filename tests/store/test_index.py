@@ -14,7 +14,7 @@ def add_keys(store, space, keys, columns=("a:gap",)):
         writer.add(keys, [str(i) for i in range(len(keys))], np.zeros(len(keys)), np.zeros(len(keys)), values)
 
 
-def test_keys_that_share_prefixes_are_told_apart(store, space):
+def test_keys_that_shard_prefixes_are_told_apart(store, space):
     keys = np.zeros((64, 32), np.uint8)
     keys[:, 31] = np.random.default_rng(0).permutation(64)
     add_keys(store, space, keys[:40])

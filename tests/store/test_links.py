@@ -70,7 +70,7 @@ def everything(path: Path, rows, tmp_path: Path) -> None:
         lambda: opened().features("d", "a").numpy(),
         lambda: export(opened().features("d", "a"), tmp_path / "out.npz"),
         lambda: opened().spaces()[0].known_files(dataset="d"),
-        lambda: opened().spaces()[0].parts_of_share("2", ""),
+        lambda: opened().spaces()[0].parts_of_shard("2", ""),
         lambda: opened().depth_documents("d"),
         lambda: Journal(opened().depth_journal("d")).keep("k", 2),
         lambda: opened().write_depth({"dataset": "d"}),

@@ -1,4 +1,4 @@
-"""From pictures to a recommended route: the whole verb, in Python and on the command line."""
+"""From pictures to a recommended route: the whole command, in Python and on the command line."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ def _solve_group(
     begin = [loss.start(row) for row in totals * factors]
     width = len(prepared.mean)
     points = [start_point(begin[problem.fold], width, intercept=estimator.fit_intercept) for problem in problems]
-    limits = [limit for limit in (estimator.memory, prepared.shares.memory) if limit is not None]
+    limits = [limit for limit in (estimator.memory, prepared.shards.memory) if limit is not None]
     at_once = joint_at_once(prepared, loss, points[0].shape, min(map(bytes_of, limits), default=None))
     patience = patience_of(prepared, points[0].shape) if at_once else estimator.max_iter
     most = min(patience, estimator.max_iter)

@@ -163,7 +163,7 @@ def _gram_of_class(blocks: Blocks, codes: Codes, *, code: int, memory: int | str
 def _fourth_powers(
     blocks: Blocks, codes: Codes, *, code: int, mean: Floats, scale: Floats, memory: int | str | None
 ) -> float:
-    """The standardised rows' norms to the fourth, summed over a share's rows of one class."""
+    """The standardised rows' norms to the fourth, summed over a shard's rows of one class."""
     rows = iterate(SomeRows(blocks, np.flatnonzero(codes == code)), memory=memory, dtype=np.float64)
     return sum(float(((((block - mean) / scale) ** 2).sum(axis=1) ** 2).sum()) for _, block in rows)
 

@@ -245,7 +245,7 @@ class _Batch:
     ) -> None:
         self.estimator, self.prepared, self.positive, self.weights = estimator, prepared, positive, weights
         self.problems, self.objective = problems, objective
-        limits = [limit for limit in (estimator.memory, prepared.shares.memory) if limit is not None]
+        limits = [limit for limit in (estimator.memory, prepared.shards.memory) if limit is not None]
         self.allowed = curvature_bytes(min(map(bytes_of, limits), default=None))
         self.width = len(prepared.mean)
 
@@ -271,7 +271,7 @@ class _Batch:
 
     def _shares_a_basis(self) -> bool:
         """Whether to begin in a basis for all."""
-        rows, fits = self.prepared.shares.rows, self._matrix * len(self.problems) <= self.allowed
+        rows, fits = self.prepared.shards.rows, self._matrix * len(self.problems) <= self.allowed
         return 1 < self.width <= WIDEST and not (fits and _OWN_FROM * rows >= self.width**2)
 
     def _in_chunks(

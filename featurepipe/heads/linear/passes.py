@@ -68,14 +68,14 @@ class Prepared:
     """Features as the passes read them.
 
     Attributes:
-        shares: The features, centred if ``centred``, where they are, in memory if they fit.
+        shards: The features, centred if ``centred``, where they are, in memory if they fit.
         dtype: To compute in.
         mean: (D,) about which the problems are posed, in that dtype; zeros without an intercept.
         centred: Whether the features have it subtracted, or the pass must.
         variance: (D,) float64, of the columns about that mean; None where nobody has looked.
     """
 
-    shares: RowShards
+    shards: RowShards
     dtype: np.dtype[Any]
     mean: Array
     centred: bool
@@ -124,7 +124,7 @@ def joint_at_once(prepared: Prepared, loss: Loss, shape: tuple[int, ...], memory
 
 def patience_of(prepared: Prepared, shape: tuple[int, ...]) -> int:
     """After how many iterations of L-BFGS the whole second derivative pays: at least those that cost as much as its factor."""
-    worth = passes_worth(*shape, rows=max(1, prepared.shares.rows))
+    worth = passes_worth(*shape, rows=max(1, prepared.shards.rows))
     return int(max(worth, _LEAST_PATIENCE[prepared.dtype]))
 
 
@@ -166,7 +166,7 @@ class Passes:
                 as diagonals there, for all problems together.
         """
         self.prepared, self.problems, self.loss = prepared, problems, loss
-        self.rows = prepared.shares.beside(codes, np.asarray(weights, prepared.dtype))
+        self.rows = prepared.shards.beside(codes, np.asarray(weights, prepared.dtype))
         self.intercept, self.intercept_penalty = intercept, intercept_penalty
         limits = [limit for limit in (memory, self.rows.memory) if limit is not None]
         self.memory = min(map(bytes_of, limits), default=None)
@@ -331,10 +331,10 @@ class Passes:
 
 def principal_basis(prepared: Prepared, memory: int | str | None = None) -> Array:
     """Returns the (D, D) principal directions of some of the rows, evenly spaced: a basis, orthogonal in float64."""
-    count, width = prepared.shares.rows, len(prepared.mean)
+    count, width = prepared.shards.rows, len(prepared.mean)
     step = max(1, count // (_ROWS_PER_DIRECTION * width))
     centre = None if prepared.centred else prepared.mean
-    scatter = prepared.shares.reduce(
+    scatter = prepared.shards.reduce(
         partial(_scatter, step=step, centre=centre, dtype=prepared.dtype, memory=memory, width=width)
     )
     with one_blas_thread if width <= _ALONE_WIDTH else nullcontext():

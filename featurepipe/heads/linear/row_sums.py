@@ -1,7 +1,7 @@
-"""What one pass computes of a share of the rows, at the place where they are: the sums that objectives are made of.
+"""Losses, gradients and curvature of linear heads, summed over a row shard: what one pass over the rows computes.
 
-An order says what is wanted and travels to the rows; called with a share's features, class codes and row weights, it returns sums
-that are added up. Penalties and preconditioners are not of the rows: ``heads.passes`` adds them where the fit runs.
+A `PassWork` travels to the shards; called with a shard's features, class codes and row weights, it returns sums, which are added
+up over shards. Penalties and preconditioners are not of the rows: ``heads.linear.passes`` adds them where the fit runs.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def _whole(sums: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Order:
-    """What every order of a pass says.
+class PassWork:
+    """What every work of a pass needs to know.
 
     Attributes:
         loss: Of all problems.
@@ -149,8 +149,8 @@ def _products(derivatives: Array, block: Array) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True)
-class Values(Order):
-    """Asks for losses and gradients, and for the curvature of some problems.
+class Values(PassWork):
+    """Sums losses and gradients, and the curvature of some problems.
 
     Attributes:
         measures: For each problem what makes a ``Measured``, or None.
@@ -163,7 +163,7 @@ class Values(Order):
     pairs: bool = False
 
     def __call__(self, blocks: Blocks, codes: Codes, weights: Array) -> Sums:
-        """Sums over a share: (m, D) blocks, (m,) or (L, m) codes and (F, m) weights."""
+        """Sums over a shard: (m, D) blocks, (m,) or (L, m) codes and (F, m) weights."""
         asked = [number for number, measure in enumerate(self.measures) if measure is not None]
         together = self.together(len(asked)) if self.together is not None and asked else None
         measured = [None if measure is None or together else measure() for measure in self.measures]
@@ -216,8 +216,8 @@ def _measure(threads: RowThreads, measured: list[Measured | None], block: Array,
 
 
 @dataclass(frozen=True)
-class Products(Order):
-    """Asks for second derivatives times directions, which come as the sums' products and totals.
+class Products(PassWork):
+    """Sums second derivatives times directions, which come as the sums' products and totals.
 
     Attributes:
         towards: The directions, as changes of where the problems stand.
@@ -226,7 +226,7 @@ class Products(Order):
     towards: Linear
 
     def __call__(self, blocks: Blocks, codes: Codes, weights: Array) -> Sums:
-        """Sums over a share; see ``Values``."""
+        """Sums over a shard; see ``Values``."""
         sums = self._nothing([None] * self.at.shape[0])
 
         def piece_of(piece: Piece) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """Two-sample tests of what a head predicts: whether classes, labels or numbers are as frequent among new images as before.
 
 Images of one group, such as the patient that they are of, are no independent draws: where groups are given, whole groups are
-dealt anew to both sides, as many to each as there are (Ernst 2004, "Permutation Methods: A Basis for Exact Inference"; of
+permuted between the sides, as many on each as there are (Ernst 2004, "Permutation Methods: A Basis for Exact Inference"; of
 clusters, Gail et al. 1996, "On Design Considerations and Randomization-Based Inference for Community Intervention Trials").
 The level is exact for groups of any sizes, as long as they come independently of each other.
 """
@@ -57,7 +57,7 @@ class ClassShift:
     """How two sets of predicted classes compare.
 
     Attributes:
-        p_value: How often as many images (or groups) dealt anew to both sides have shares as different as these.
+        p_value: Permutation p-value of Pearson's chi-square statistic; images, or whole groups, change sides.
         total_variation: The part of the images that would need another class for the shares to be equal, 0 to 1.
         by_chance: What the total variation is on average where nothing has changed but the images.
     """
@@ -73,9 +73,9 @@ def class_shift(
     """Tests whether two counts of classes could be of the same shares.
 
     The statistic is Pearson's chi-square of the table of both counts. Its p-value is not the chi-square distribution's,
-    which fails for small counts, but by Monte Carlo: tables with the same margins, as dealing the images anew to both
-    sides gives them (Hope 1968, "A Simplified Monte Carlo Significance Test Procedure"). So the level is exact for any
-    counts. Of counts by group whole groups are dealt; the shares are still those of images.
+    which fails for small counts, but by Monte Carlo: tables with the same margins, as permuting the images between
+    the sides gives them (Hope 1968, "A Simplified Monte Carlo Significance Test Procedure"). So the level is exact for any
+    counts. Of counts by group whole groups are permuted; the shares are still those of images.
 
     Args:
         reference: (K,) images of each class; or (G, K), those of each group.
@@ -183,8 +183,8 @@ def label_shift(
     others. A label that no image has, or all have, on both sides cannot differ, and is not one of the K tests: given how many
     images have it in all, that is known before the test, so that leaving it out changes no level.
 
-    Of counts by group, a label's test is by Monte Carlo instead: how often whole groups dealt anew to both sides have rates as
-    different as these.
+    Of counts by group, a label's test is a permutation test instead: whole groups change sides, and the statistic is the
+    difference of the rates.
 
     Rates have Clopper & Pearson's intervals, by group for as many independent images as their variance over groups is worth
     (`featurepipe.heads.statistics.intervals`); that of their difference is made of both (Newcombe 1998, "Interval estimation
@@ -247,7 +247,7 @@ def label_shift(
 
 
 def _p_values_of_rates(counts: Counts, sizes: list[Counts], permutations: int, rng: np.random.Generator) -> Floats:
-    """(K,) how often groups dealt anew have rates at least as different, (G, K) counts of each group given."""
+    """(K,) permutation p-values of the differences of rates, by groups, whose (G, K) counts are given."""
     whole = np.concatenate(sizes).astype(np.float64)
     table, totals, every = counts.astype(np.float64), counts.sum(axis=0), whole.sum()
 
@@ -326,7 +326,7 @@ def number_shift(
 
     The p-value of the Kolmogorov-Smirnov test is exact, given which numbers are equal to each other, as a nearest neighbour's
     often are: of all ways to deal these numbers to both sides, the share whose statistic is as large (Schroeer & Trenkler 1995,
-    "Exact and randomization distributions of Kolmogorov-Smirnov tests two or three samples"). Of groups, whole ones are dealt,
+    "Exact and randomization distributions of Kolmogorov-Smirnov tests two or three samples"). Of groups, whole ones are permuted,
     by Monte Carlo.
 
     Args:
@@ -365,7 +365,9 @@ def number_shift(
         p_value = _ks_p_value(steps)
     else:
         rng = np.random.default_rng(seed)
-        p_value = sequential_p_value(observed, lambda count: _dealt_distances(steps, units, count, rng), permutations)
+        p_value = sequential_p_value(
+            observed, lambda count: _permuted_distances(steps, units, count, rng), permutations
+        )
     moved = float(wasserstein_distance(*sides))
     spread = float(sides[0].std(ddof=1)) or float(np.concatenate(sides).std())
     change = float(sides[1].mean() - sides[0].mean())
@@ -445,8 +447,8 @@ def _ks_p_value(steps: _Steps) -> float:
     return reached
 
 
-def _dealt_distances(steps: _Steps, units: list[Counts], count: int, rng: np.random.Generator) -> Floats:
-    """(count,) statistics of groups dealt anew to both sides."""
+def _permuted_distances(steps: _Steps, units: list[Counts], count: int, rng: np.random.Generator) -> Floats:
+    """(count,) statistics of permutations of groups between the sides."""
     groups = int(units[0].max()) + 1, int(units[1].max()) + 1
     owner = np.concatenate([units[0], units[1] + groups[0]])[steps.order]
     found = []

@@ -57,7 +57,7 @@ class Comparison:
     """How two sets of features compare.
 
     Attributes:
-        p_value: How often rows (or groups) dealt anew to the two sides lie as far apart as they do.
+        p_value: Permutation p-value of the MMD statistic; rows, or whole groups, change sides.
         effect: How far the mean moved: the distance between the means, in root mean square distances of a reference row
             from the reference's mean, with every feature scaled to the same spread and what sampling alone adds taken
             off. Where the reference does not vary, in those of both sides together.
@@ -297,7 +297,7 @@ def _p_value(
     permutations: int,
     rng: np.random.Generator,
 ) -> float:
-    """Deals the units, of which the ``first`` ones are the reference, anew."""
+    """Permutes the units between the sides; the ``first`` ones are the reference."""
     matrices = [_deal_matrix(unit_means(_kernel(squared, bandwidth))) for bandwidth in bandwidths]
     stacked = np.array([matrix for matrix in matrices if matrix is not None], np.float32)
     if not len(stacked):

@@ -145,11 +145,11 @@ class _Boosting(BaseEstimator):  # type: ignore[misc]
             watched=watched is not None,
             memory=self.memory,
         )
-        shares = remote_row_shards(piece.blocks)
-        if shares is None:
+        shards = remote_row_shards(piece.blocks)
+        if shards is None:
             matrix = self._matrix(piece)
             return grow(growth, self.n_jobs or 0, matrix, watched and self._matrix(watched, matrix))
-        own = shares.beside(piece.labels, piece.weights)
+        own = shards.beside(piece.labels, piece.weights)
         everyone: list[Grown] = own.gang_run(growth, Rendezvous, *_spread(watched))
         return next(grown for grown in everyone if grown.trees)
 
@@ -390,17 +390,17 @@ def _booster(raw: bytes, threads: int | None) -> Any:
 
 
 def _spread(watched: Piece | None) -> list[RowShards]:
-    """The shares of validation rows, with their labels.
+    """The row shards of validation rows, with their labels.
 
     Raises:
         UsageError: they are not spread as the training rows are.
     """
     if watched is None:
         return []
-    shares = remote_row_shards(watched.blocks)
-    if shares is None:
+    shards = remote_row_shards(watched.blocks)
+    if shards is None:
         raise UsageError("the training rows are spread over a cluster, those of eval_set are not: spread them, too")
-    return [shares.beside(watched.labels)]
+    return [shards.beside(watched.labels)]
 
 
 def _learned(booster: Any) -> tuple[int, str]:

@@ -164,7 +164,7 @@ class Growth:
 
         Args:
             rank: this process's.
-            own: its rows to learn from: (features, labels, weights) of each share.
+            own: its rows to learn from: (features, labels, weights) of each shard.
             checked: its validation rows: (features, labels).
 
         Raises:
@@ -176,9 +176,9 @@ class Growth:
             watched = self._matrix(rank, checked, matrix) if self.watched else None
             return grow(self, rank.threads, matrix, watched, trees=rank.rank == 0, callbacks=[_Leave(rank)])
 
-    def _matrix(self, rank: Rank, shares: Sequence[Sequence[Any]], ref: Any = None) -> Any:
+    def _matrix(self, rank: Rank, shards: Sequence[Sequence[Any]], ref: Any = None) -> Any:
         """The rows here, quantised by the quantiles of all; together the processes make sure that all could read theirs."""
-        batches = RowBatches([Piece(*share) for share in shares], self.width, self.memory, holding=True)
+        batches = RowBatches([Piece(*shard) for shard in shards], self.width, self.memory, holding=True)
         matrix = xgboost.QuantileDMatrix(batches, max_bin=self.parameters["max_bin"], nthread=rank.threads, ref=ref)
         failed = collective.allreduce(np.array([batches.error is not None], np.int32), collective.Op.SUM)
         if batches.error is not None:

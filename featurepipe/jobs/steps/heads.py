@@ -24,7 +24,7 @@ def train(night: Night, table: TrainTable) -> dict[str, Any]:
     """
     from featurepipe.training.train import train as run
 
-    found = _learned(night, table, run, "the older bundle stays, and the next night trains")
+    found = _learned(night, table, run, "the older bundle stays, and the next run trains")
     return _skipped(found) if "skipped" in found else _told(found)
 
 
@@ -35,7 +35,7 @@ def finetune(night: Night, table: FinetuneTable) -> dict[str, Any]:
     """
     from featurepipe.tuning.finetune import finetune as run
 
-    found = _learned(night, table, run, "the older bundle stays, and the next night goes on from the last checkpoint")
+    found = _learned(night, table, run, "the older bundle stays, and the next run goes on from the last checkpoint")
     if "skipped" in found:
         return _skipped({name: value for name, value in found.items() if name != "stored_features"})
     told, tuning = _told(found), found["tuning"]

@@ -253,7 +253,7 @@ def _is_same(night: Night, since: str, snapshot: str) -> bool:
 
 
 def compact(night: Night, table: CompactTable) -> dict[str, Any]:  # noqa: ARG001 - as every step
-    """Merges small parts; another writer in the store puts it off to the next night."""
+    """Merges small parts; another writer in the store puts it off to the next run."""
 
     def work() -> dict[str, Any]:
         report = compact_store(night.store)
@@ -263,7 +263,7 @@ def compact(night: Night, table: CompactTable) -> dict[str, Any]:  # noqa: ARG00
         merged = f"{counted(report.parts_before, 'part')} into {report.parts_after:,}"
         return {**asdict(report), "text": f"{merged}{copies}"}
 
-    return _alone(night, work, "parts are merged the next night")
+    return _alone(night, work, "parts are merged in the next run")
 
 
 def keep(night: Night, table: KeepTable) -> dict[str, Any]:
@@ -293,7 +293,7 @@ def keep(night: Night, table: KeepTable) -> dict[str, Any]:
             return {**found, "skipped": "nothing to remove"}
         return {**found, "text": f"removed {gone}: {size(report.bytes_freed)}"}
 
-    return _alone(night, work, "old snapshots go the next night")
+    return _alone(night, work, "old snapshots go in the next run")
 
 
 def old_records(records: Sequence[Mapping[str, Any]], night: Night, keep: int) -> list[str]:

@@ -21,7 +21,7 @@ from featurepipe.store.roles import with_roles
 
 
 class Drifted(FeaturepipeError):
-    """This run's images differ from those of before by more than the job puts up with; its record is what the step found."""
+    """This run's images differ from those of before by more than the job tolerates; its record is what the step found."""
 
 
 def drift(night: Night, table: DriftTable) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _least(found: Mapping[str, Any]) -> str:
 def depth(night: Night, table: DepthTable) -> dict[str, Any]:
     """Compares the layers that the store has, if the images, their labels or what is asked are not those of last time.
 
-    What has been measured before is not measured again, so that a comparison that ran out of time goes on the next night.
+    What has been measured before is not measured again, so that a comparison that ran out of time goes on in the next run.
     """
     from featurepipe.layer_depth.depth import depth as run
     from featurepipe.reporting.from_store import report
@@ -148,14 +148,14 @@ def depth(night: Night, table: DepthTable) -> dict[str, Any]:
             "text": f"recommended: {best['column']}, {best['head']} {reached}{_page(night, table)}",
         }
 
-    return within_time(night.stop.deadline, work, "the comparison goes on the next night")
+    return within_time(night.stop.deadline, work, "the comparison goes on in the next run")
 
 
 def routes(night: Night, table: RoutesTable) -> dict[str, Any]:
     """Compares the routes that can be taken from what the store has, if images, labels or what is asked have changed.
 
     What has been measured before is not measured again: a comparison that ran out of time, or of its ``budget``, goes on the
-    next night.
+    next run.
     """
     from featurepipe.transfer_routes.measure import OVER_BUDGET
     from featurepipe.transfer_routes.routes import routes as run
@@ -186,7 +186,7 @@ def routes(night: Night, table: RoutesTable) -> dict[str, Any]:
         )
         best, measure = document["recommended"], document["measure"]
         left = [one for one in document["not_tried"] if one["why"] == OVER_BUDGET]
-        later = f"; {sum(one['draws'] for one in left):,} measurements are left for the next night" if left else ""
+        later = f"; {sum(one['draws'] for one in left):,} measurements are left for the next run" if left else ""
         return {
             "inputs": inputs,
             "recommended": {name: best[name] for name in ("route", "cut", measure, "low", "high", "best")},
@@ -197,7 +197,7 @@ def routes(night: Night, table: RoutesTable) -> dict[str, Any]:
             "text": f"recommended: {best['route']}, {measure} {best[measure]:.4f}{later}{_page(night, table)}",
         }
 
-    return within_time(night.stop.deadline, work, "the comparison goes on the next night")
+    return within_time(night.stop.deadline, work, "the comparison goes on in the next run")
 
 
 def _page(night: Night, table: DepthTable | RoutesTable) -> str:
