@@ -1,6 +1,7 @@
-"""Every code block of the documentation works: Python runs, command lines parse, tables of jobs and clusters are valid."""
+"""Every code block of the documentation works: Python and command lines run, tables of jobs and clusters are valid."""
 
 import csv
+import json
 import re
 import shlex
 import shutil
@@ -28,14 +29,106 @@ PAGES = [
 ]
 RUN_ELSEWHERE = ("README.md", "SECURITY.md", "docs/cluster.md")
 """Pages whose Python needs more than a folder of images: tests/test_readme.py and tests/test_security.py run them."""
-SLOW = ("docs/api.md",)
+SLOW = (
+    "docs/api.md",
+    "docs/commands.md",
+    "docs/howto/groups.md",
+    "docs/howto/own-weights.md",
+    "docs/routes.md",
+    "pipelines/README.md",
+)
 QUICK = {
     'backbone = "efficientnet_lite0"': 'backbone = "lenet5"\nweights = "none"',
     '"efficientnet_lite0"': '"lenet5", weights="none"',
     '"blocks.10': '"s4',
 }
 """What examples of Python say, and what is run in their place, in milliseconds an image."""
-MINIMAL_JOB = 'store = "store"\nsource = {path = "photos"}\n[[features]]\nbackbone = "lenet5"\nnodes = ["bottleneck"]\n'
+QUICK_LINES = {
+    "--backbone efficientnet_lite0": "--backbone lenet5 --weights none",
+    "--from blocks.9 --from blocks.12 --seeds 3": "--from s2 --from s4 --epochs 1",
+    "--from blocks.12": "--from s4 --epochs 1",
+    " --cluster local:2": "",
+    "rsync -a --delete store/ /backup/store/": "cp -a store/. backup/store/",
+    " /backup/": " backup/",
+}
+"""The same for command lines."""
+ADDED = {
+    "extract": "--backbone lenet5 --weights none",
+    "depth": "--backbone lenet5 --weights none --folds 2 --seeds 1",
+    "routes": "--routes bottleneck,tail --sizes all --seeds 1 --epochs 1",
+}
+"""What is added to a command; a network only where none is named, as pages do that take the one at hand."""
+STORE = (
+    'import featurepipe as fp\nfp.extract("photos", "{}", backbone="lenet5", weights="none", nodes={}, silent=True)\n'
+)
+BEFORE = {
+    "docs/howto/archives.md": "import shutil, pathlib\npathlib.Path('shards').mkdir()\nshutil.copy('photos.tar', 'shards/0.tar')",
+    "docs/operations.md": "import featurepipe as fp\nfp.run_job('job.toml', silent=True)",
+    "docs/removing-images.md": "import pathlib\n[pathlib.Path(name).mkdir() for name in ('bundles', 'reports')]\n"
+    + 2 * STORE.format("features", ["bottleneck"]).replace('"photos", ', '"scans.csv", images="scans", store=')
+    + "pathlib.Path('withdrawn.txt').write_text('1.png')",
+    "docs/routes.md": STORE.format("store", ["s2:map", "s4:map", "bottleneck"]),
+    "docs/upgrading.md": STORE.format("features", ["bottleneck"]),
+}
+"""What a reader has when the command lines of a page begin, besides what its Python has made."""
+NOT_RUN = {
+    ("README.md", "make demo"): "installs; the demo: tests/test_demo.py",
+    ("README.md", "python3 -m venv .venv"): "installs; the wheel: tests/test_package.py",
+    ("README.md", "featurepipe extract photos --store store"): "tests/test_readme.py",
+    ("README.md", "featurepipe run job.toml"): "tests/test_readme.py",
+    ("SECURITY.md", "featurepipe extract list.csv"): "tests/cluster/test_security.py",
+    ("SECURITY.md", "umask 077"): "tests/cluster/test_security.py",
+    ("SECURITY.md", "openssl req"): "tests/cluster/test_security.py",
+    ("SECURITY.md", "export DASK_DISTRIBUTED"): "tests/cluster/test_security.py",
+    ("SECURITY.md", "dask scheduler"): "tests/cluster/test_security.py",
+    ("SECURITY.md", "dask worker"): "tests/cluster/test_security.py",
+    ("SECURITY.md", "featurepipe extract images --store features --scheduler"): "tests/cluster/test_security.py",
+    ("docs/cluster.md", "dask scheduler"): "tests/test_readme.py",
+    ("docs/cluster.md", "dask worker"): "tests/test_readme.py",
+    ("docs/cluster.md", "featurepipe extract"): "tests/test_readme.py",
+    ("docs/commands.md", "featurepipe nodes"): "tests/test_readme.py",
+    ("docs/commands.md", "torchrun"): "two processes: tests/tuning/test_peers.py",
+    ("docs/depth.md", "featurepipe train features"): "tests/test_readme.py",
+    (
+        "docs/howto/s3.md",
+        "featurepipe extract s3://bucket/photos",
+    ): "wants a bucket; tests/images/test_s3.py has a server",
+    ("docs/networks.md", "featurepipe backbones"): "tests/test_readme.py",
+    (
+        "docs/removing-images.md",
+        "featurepipe run pipelines/nightly.toml;",
+    ): "tests/test_vector_databases.py",
+    ("docs/start.md", "python3 -m venv .venv"): "installs; the wheel: tests/test_package.py",
+    (
+        "docs/start.md",
+        'eval "$(register-python-argcomplete',
+    ): "changes the shell that reads it",
+    ("docs/tutorials/index.md", "pip install"): "installs, and opens a browser; notebooks: tests/test_tutorials.py",
+    ("pipelines/README.md", "sudo useradd"): "changes the system; the units: tests/test_schedules.py",
+    ("pipelines/README.md", "pip install"): "installs; the script: tests/test_pipelines.py",
+}
+"""Blocks of command lines that are not run here, by page and beginning, and why, or which test runs them; all others are run."""
+RUN_LINES = """
+import json, shlex, subprocess, sys
+import featurepipe as fp
+from featurepipe.cli import main
+
+for line in json.loads(sys.argv[1]):
+    line = line.replace("RUN-ID", fp.FeatureStore("features").snapshot_ids("scans")[0]) if "RUN-ID" in line else line
+    command, *words = shlex.split(line, comments=True)
+    code = main(words) if command == "featurepipe" else subprocess.run(["bash", "-c", line]).returncode
+    if code:
+        print(f"exit code {code} of: {line}", file=sys.stderr)
+        sys.exit(1)
+"""
+MINIMAL_JOB = """
+store = "store"
+source = {path = "photos"}
+[[features]]
+backbone = "lenet5"
+weights = "none"
+nodes = ["bottleneck"]
+"""
 PARSER = build_parser()
 
 
@@ -92,16 +185,65 @@ def quickly(code: str) -> str:
     return code
 
 
-@pytest.mark.parametrize(
-    "page", [case for case in with_blocks("python") if name_of(case.values[0]) not in RUN_ELSEWHERE]
-)
-def test_python_runs(page: Path, images: Path, tmp_path: Path, launcher) -> None:
+def lines_to_run(page: Path) -> list[str]:
+    """The command lines of a page that are not listed as run elsewhere, with a small network."""
+    listed = [start for name, start in NOT_RUN if name == name_of(page)]
+    run = [block for block in shell_blocks(page) if not block.startswith(tuple(listed))]
+    return [quick_line(line) for block in run for line in block.replace("\\\n", " ").splitlines()]
+
+
+def shell_blocks(page: Path) -> list[str]:
+    """Blocks of the shell, also those without a language, but no output, table or drawing."""
+    return blocks(page, "sh") + [block for block in blocks(page, "") if block.startswith(("featurepipe ", "torchrun "))]
+
+
+def quick_line(line: str) -> str:
+    for written, run in QUICK_LINES.items():
+        line = line.replace(written, run)
+    line, _, _ = line.partition("  #")
+    command = re.match(r"featurepipe (?:-v )?(\w+)", line)
+    added = ADDED.get(command[1], "") if command else ""
+    return f"{line} {added.removeprefix('--backbone lenet5 --weights none') if '--backbone' in line else added}"
+
+
+def pages_to_run() -> list:
+    pages = [
+        page for page in PAGES if lines_to_run(page) or (blocks(page, "python") and name_of(page) not in RUN_ELSEWHERE)
+    ]
+    return [
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if name_of(page) in SLOW else [])
+        for page in pages
+    ]
+
+
+@pytest.mark.parametrize("page", pages_to_run())
+def test_a_page_runs(page: Path, images: Path, tmp_path: Path, launcher) -> None:
+    """Its Python, then its command lines, in order."""
     place = tmp_path / "place"
     shutil.copytree(images, place)
-    for job in blocks(page, "toml")[:1]:
-        (place / "job.toml").write_text(quickly(job), encoding="utf-8")
-    finished = launcher.start(quickly("\n".join(blocks(page, "python"))), cwd=place).wait()
+    for job in [*blocks(page, "toml"), MINIMAL_JOB][:1]:
+        (place / "job.toml").write_text(quickly(job if "[source]" in job else MINIMAL_JOB), encoding="utf-8")
+    (place / "pipelines").mkdir()
+    (place / "backup" / "store").mkdir(parents=True)
+    nightly = (
+        (ROOT / "pipelines" / "nightly.toml").read_text(encoding="utf-8").replace("../featurepipe/data", "../photos")
+    )
+    (place / "pipelines" / "nightly.toml").write_text(quickly(nightly), encoding="utf-8")
+    code = quickly("\n".join(blocks(page, "python")))
+    finished = launcher.start(
+        f"{code}\n{BEFORE.get(name_of(page), '')}\n{RUN_LINES}", [json.dumps(lines_to_run(page))], place
+    ).wait()
     assert finished.code == 0, finished.err
+
+
+def test_blocks_that_are_not_run_are_there_and_what_runs_them_too() -> None:
+    unknown = [
+        (page, start) for page, start in NOT_RUN if sum(b.startswith(start) for b in shell_blocks(ROOT / page)) != 1
+    ]
+    assert unknown == []
+    assert [
+        test for why in NOT_RUN.values() for test in re.findall(r"tests/\S+", why) if not (ROOT / test).exists()
+    ] == []
 
 
 @pytest.mark.slow
@@ -113,7 +255,7 @@ def test_the_recipe_of_preprocessing_holds_for_a_network_of_coloured_images(imag
 
 def commands(block: str) -> Iterator[list[str]]:
     """The command lines of a block, as words, without comments and variables of the environment."""
-    for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+    for line in re.split(r"\n|&&|;(?= python)", block.replace("\\\n", " ")):
         try:
             words = shlex.split(line, comments=True)
         except ValueError:  # a word of several lines, of another program
