@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from featurepipe.curation.options import QuestionOptions
 from featurepipe.display import named_columns, neutralised_text
-from featurepipe.errors import StoreMoved
+from featurepipe.errors import StoreMoved, UsageError
 from featurepipe.monitoring.duplicates import checked_file, write_table
 from featurepipe.option_groups import as_asked
 from featurepipe.progress import announcer
@@ -67,6 +68,8 @@ class Question:
             StoreMoved: A snapshot was written meanwhile; `featurepipe.store.locks.starts_again` asks once more.
         """
         targets = tuple(checked_file(to, what, [PAGE]) for to in options.to or ())
+        if again := [one for one, count in Counter(target.resolve() for target in targets).items() if count > 1]:
+            raise UsageError(f"{again[0]} is given more than once; one answer would replace the other", option="to")
         kept = store if isinstance(store, FeatureStore) else FeatureStore(store, create=False)
         name = options.dataset or kept.only_dataset()
         current = kept.snapshot_ids(name)[-1:]

@@ -175,6 +175,9 @@ def test_mistakes_are_named(stripes, kept, pile, tmp_path):
         similar(kept, query_ids=["flat/1.png", "flat/1.png"], silent=True)
     with pytest.raises(UsageError, match=r"its suffix must be one of \.csv, \.jsonl, \.parquet, \.html"):
         similar(kept, query_ids=["flat/1.png"], to=tmp_path / "x.txt", silent=True)
+    same = [tmp_path / "x.csv", tmp_path / "nothing" / ".." / "x.csv"]
+    with pytest.raises(UsageError, match=r"x\.csv is given more than once; one answer would replace the other"):
+        similar(kept, query_ids=["flat/1.png"], to=same, silent=True)
     pile.add("a")
     pile.add("broken", name="b.png")
     pile.night({"b:gap": {"a": np.ones(2)}})
