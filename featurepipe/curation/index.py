@@ -2,14 +2,14 @@
 
 An inverted file (Sivic & Zisserman 2003, "Video Google") of features that are projected onto the axes along which they spread
 most, as float16; what it finds is compared by all values of the features in the store. How much a search looks at is chosen
-by the recall that is measured when the index is made.
+by the recall that is measured when the index is made; it is measured again when images come, which may be of other kinds.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ from featurepipe.store.indexes import (
     read_index,
     write_index,
 )
-from featurepipe.store.keys import SortedKeys, count_distinct, different, keys_from_arrow
+from featurepipe.store.keys import Keys, SortedKeys, count_distinct, different, keys_from_arrow
 from featurepipe.store.snapshots import OK
 
 FEW = 200_000
@@ -52,7 +52,11 @@ ENOUGH = 0.99
 """The recall of the 10 nearest that a search is to have."""
 _WIDTH = 128  # dimensions searched
 _AXES_FROM = 2048  # vectors
-_ASKED = 128  # queries of the measured recall
+_ASKED = 128  # queries of the measured recall; of an update, as many of the images that came
+_AMONG = (
+    50_000  # images among which an update looks for their nearest: new ones up to a half, and others drawn at random
+)
+_NOISE = 0.005  # of a recall that so many queries measure
 _NEAREST = 10
 _LEAST = 20_000  # vectors that a search scans at least: a millisecond, and few images are all looked at
 _TIMES = (1, 2, 4, 8, 16)  # as many as that
@@ -245,12 +249,15 @@ def made_index(
         asked = _drawn(count, _ASKED, rng)
         queries = images.read(np.float32, rows=asked)
         true = nearest(images, queries, _NEAREST, distance=distance, without=asked, progress=progress)
-    chosen = _chosen(stored, queries, images.keys[asked], [images.keys[line[line >= 0]] for line in true.positions])
-    return _with(stored, **chosen)
+    asked_for = _Measurement.of(images, asked, queries, true, np.zeros(len(asked), np.bool_))
+    chosen = _chosen(stored, asked_for)
+    return _with(stored, **chosen, recall_made=chosen["recall"])
 
 
 def refreshed(stored: StoredIndex, features: FeatureSet, snapshot: str) -> tuple[StoredIndex, int, int]:
-    """Brings an index up to date with a snapshot: takes out what is gone, and adds what is new.
+    """Brings an index up to date with a snapshot: takes out what is gone, adds what is new, and measures what is found now.
+
+    If that is too little, a search looks at more from now on. Of more than 50,000 images it is measured among so many of them.
 
     Returns:
         The index, how many vectors are new, and how many went.
@@ -275,7 +282,37 @@ def refreshed(stored: StoredIndex, features: FeatureSet, snapshot: str) -> tuple
         about, keys, SortedKeys(keys).find(features.keys).astype(np.uint32), stored.axes, stored.offset,
         stored.centres, stored.sizes, np.concatenate([stored.codes[kept], codes]),
     )  # fmt: skip
-    return _by_cell(both, np.concatenate([old, cell])), len(new), int((~kept).sum())
+    fresh = _by_cell(both, np.concatenate([old, cell]))
+    if len(keys):
+        fresh = _with(fresh, **_measured_again(fresh, features.take(first), place < 0))
+    return fresh, len(new), int((~kept).sum())
+
+
+def _measured_again(stored: StoredIndex, images: FeatureSet, is_new: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """What a search is to look at, and its recall: as before if that is enough for the images that came and for the others."""
+    rng = np.random.default_rng(0)
+    kinds = np.flatnonzero(is_new), np.flatnonzero(~is_new)
+    asked = np.concatenate([kind[_drawn(len(kind), _ASKED, rng)] for kind in kinds])
+    came = kinds[0][_drawn(len(kinds[0]), max(_AMONG // 2, _AMONG - len(kinds[1])), rng)]
+    others = kinds[1][_drawn(len(kinds[1]), _AMONG - len(came), rng)]
+    among = np.unique(np.concatenate([asked, came, others]))
+    some, own = images.take(among), np.searchsorted(among, asked)
+    queries = some.read(np.float32, rows=own)
+    true = nearest(some, queries, _NEAREST, distance=stored.document.distance, without=own)
+    measured = _Measurement.of(some, own, queries, true, is_new[asked])
+    thinned = _only(stored, some.keys)
+    probes, candidates = Cells(thinned).probes, stored.document.candidates
+    now = _recalls(thinned, measured, [probes], [candidates])[probes, candidates]
+    return {"recall": now} if now >= ENOUGH else _chosen(thinned, measured)
+
+
+def _only(stored: StoredIndex, keys: Keys) -> StoredIndex:
+    """The cells with some of their vectors alone; what the index says of itself stays."""
+    kept = np.zeros(len(stored.keys), np.bool_)
+    kept[SortedKeys(stored.keys).find(keys)] = True
+    cell = np.repeat(np.arange(len(stored.sizes)), stored.sizes)[kept]
+    sizes = np.bincount(cell, minlength=len(stored.sizes)).astype(np.uint32)
+    return replace(stored, keys=stored.keys[kept], codes=stored.codes[kept], sizes=sizes)
 
 
 def _different(features: FeatureSet) -> tuple[Positions, Positions]:
@@ -325,23 +362,60 @@ def _with(stored: StoredIndex, **changed: Any) -> StoredIndex:
     return StoredIndex(stored.document.model_copy(update=changed), **arrays)
 
 
-def _chosen(stored: StoredIndex, queries: Single, own: Any, true: list[Any]) -> dict[str, Any]:
-    """The cheapest cells and candidates that find enough of the nearest; else those that find most."""
+@dataclass(frozen=True)
+class _Measurement:
+    """Queries and what is the nearest to them, to measure what an index finds.
+
+    Attributes:
+        queries: (q, D) features.
+        own: (q, 32) their keys.
+        true: Of each the keys of its nearest images, (10, 32) or fewer.
+        is_new: (q,) whether it came since the cells were made.
+    """
+
+    queries: Single
+    own: Keys
+    true: list[Keys]
+    is_new: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, images: FeatureSet, asked: Positions, queries: Single, true: Nearest, is_new: npt.NDArray[np.bool_]
+    ) -> _Measurement:
+        """Takes the keys of the images from which some were asked."""
+        found = [images.keys[line[line >= 0]] for line in true.positions]
+        return cls(queries, images.keys[asked], found, is_new)
+
+
+def _recalls(
+    stored: StoredIndex, measured: _Measurement, probes: Sequence[int], candidates: Sequence[int]
+) -> dict[tuple[int, int], float]:
+    """The share of the nearest that is found with each number of cells and of candidates: the lower one of old and new images."""
     index, number = Cells(stored), SortedKeys(stored.keys)
-    wanted = [number.find(keys) for keys in true]
-    itself = number.find(own)
-    prepared = IndexProjection.of(stored)(queries)
+    wanted = [number.find(keys) for keys in measured.true]
+    itself = number.find(measured.own)
+    prepared, found = IndexProjection.of(stored)(measured.queries), {}
+    for cells in probes:
+        index.probes = cells
+        lines = index.search(prepared, min(max(candidates) + 1, stored.document.vectors))
+        for count in candidates:
+            pairs = zip(lines, itself, wanted, measured.is_new, strict=True)
+            shares: tuple[list[float], list[float]] = [], []
+            for line, me, true, is_new in pairs:
+                if len(true):
+                    shares[int(is_new)].append(float(np.isin(true, line[line != me][:count]).mean()))
+            found[cells, count] = min([float(np.mean(kind)) for kind in shares if kind], default=1.0)
+    return found
+
+
+def _chosen(stored: StoredIndex, measured: _Measurement) -> dict[str, Any]:
+    """The cheapest cells and candidates that find enough of the nearest; else those that find most."""
     vectors, tried = stored.document.vectors, []
-    for probes in sorted({min(times * _least_probes(stored), len(stored.sizes)) for times in _TIMES}):
-        index.probes = probes
-        found = index.search(prepared, min(_CANDIDATES[-1] + 1, vectors))
+    some = sorted({min(times * _least_probes(stored), len(stored.sizes)) for times in _TIMES})
+    for (probes, candidates), recall in _recalls(stored, measured, some, _CANDIDATES).items():
         scanned = vectors * probes / len(stored.sizes)
-        for candidates in _CANDIDATES:
-            pairs = zip(found, itself, wanted, strict=True)
-            shares = [np.isin(true, line[line != me][:candidates]).mean() for line, me, true in pairs if len(true)]
-            recall = float(np.mean(shares)) if shares else 1.0
-            cost = scanned * _SCANNED + min(candidates, vectors) * _COMPARED
-            tried.append((recall < ENOUGH, cost if recall >= ENOUGH else -recall, probes, candidates, recall))
+        cost = scanned * _SCANNED + min(candidates, vectors) * _COMPARED
+        tried.append((recall < ENOUGH, cost if recall >= ENOUGH else -recall, probes, candidates, recall))
     _, _, probes, candidates, recall = min(tried)
     return {"probes": probes, "candidates": candidates, "recall": recall}
 
@@ -466,8 +540,11 @@ def _up_to_date(
         trained = stored.document.trained_on
         if trained / _CHANGED <= count_distinct(features.keys) <= trained * _CHANGED:
             fresh, new, gone = refreshed(stored, features, snapshot)
-            why = f"the index was brought up to date: {new:,} images came, {gone:,} went"
-            say(why)
-            return fresh, why
+            recall, before = fresh.document.recall, stored.document.recall_made or stored.document.recall
+            if recall >= min(ENOUGH, before) - _NOISE:
+                why = f"the index was brought up to date: {counted(new, 'image')} came, {gone:,} went"
+                say(why)
+                return fresh, why
+            say(f"with the {counted(new, 'image')} that came the index finds {recall:.1%} of the {_NEAREST} nearest")
     say(f"making an index of {images} by {features.named_column}")
     return made_index(features, distance, snapshot, silent=silent), f"an index of {images} was made"

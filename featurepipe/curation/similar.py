@@ -110,7 +110,8 @@ def similar(
     Returns:
         JSON values. ``dataset``, ``snapshot``, ``images`` (searched), ``column``, ``bottleneck`` (its node, if known),
         ``space``, ``distance``, ``search``
-        (``exact`` or ``index``), ``why``, ``recall`` (as measured when the index was made); ``queries``, each with ``id`` and
+        (``exact`` or ``index``), ``why``, ``recall`` (as measured when the index was made or last brought up to date);
+        ``queries``, each with ``id`` and
         ``found``: a list of ``id``, ``label``, ``split`` and ``distance``, nearest first; ``computed``, ``rejects`` (``id``
         and ``reason``), ``file`` (the first), ``files``, ``options``, ``warnings``, ``seconds``.
 

@@ -60,7 +60,9 @@ class IndexDocument(BaseModel):
         scale: What euclidean features are divided by.
         probes: Cells that a search looks into.
         candidates: Vectors that it compares by all their values.
-        recall: The share of the 10 nearest that it finds, as measured when the cells were made.
+        recall: The share of the 10 nearest that it finds, as measured when it was made or last brought up to date: of images that
+            were there and of those that came, the lower one.
+        recall_made: The same when the cells were made; None if an earlier version made them.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, defer_build=True)
@@ -79,6 +81,7 @@ class IndexDocument(BaseModel):
     probes: Count
     candidates: Count
     recall: float
+    recall_made: float | None = None
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,63 @@ def test_only_new_images_are_added_and_those_that_went_are_gone(full, monkeypatc
     assert "was made" in similar(full.store, query_ids=["3.png"], index="always", silent=True)["why"]
 
 
+def of_a_kind(axes, count, seed, width=320):
+    """Rows that spread along some axes alone."""
+    rng = np.random.default_rng(seed)
+    values = np.zeros((count, width), "f4")
+    values[:, axes] = rng.normal(size=(count, axes.stop - axes.start))
+    return values
+
+
+def measured_recall(store, ids):
+    found, true = (similar(store, query_ids=ids, index=how, silent=True)["queries"] for how in ("always", "never"))
+    pairs = zip(found, true, strict=True)
+    return (
+        np.mean([len({row["id"] for row in one["found"]} & {row["id"] for row in two["found"]}) for one, two in pairs])
+        / 10
+    )
+
+
+@pytest.mark.parametrize("among", [50_000, 300])
+def test_images_of_another_kind_get_an_index_anew_where_the_kept_one_does_not_find_them(pile, monkeypatch, among):
+    monkeypatch.setattr(module, "_AMONG", among)
+    names_of = {kind: [f"{kind}{n}.png" for n in range(count)] for kind, count in (("a", 600), ("b", 500), ("c", 30))}
+    pile.night({"b:gap": pile.add_rows(names_of["a"], of_a_kind(slice(0, 150), 600, 1))})
+    monkeypatch.setattr(module, "_CANDIDATES", (64, 128))
+    made = similar(pile.store, query_ids=["a0.png"], index="always", silent=True)
+    assert made["recall"] == read_index(file_of(pile.store)).document.recall_made >= module.ENOUGH
+    pile.night({"b:gap": pile.add_rows(names_of["b"], of_a_kind(slice(160, 200), 500, 2))})
+    said = []
+    make = module.made_index
+    monkeypatch.setattr(module, "made_index", lambda *a, **k: said.append(1) or make(*a, **k))
+    found = similar(pile.store, query_ids=["b0.png"], index="always", silent=True)
+    assert (found["why"], said) == ("an index of 1,100 images was made", [1])
+    for kind in "ab":
+        recall = measured_recall(pile.store, names_of[kind][:60])
+        assert recall >= found["recall"] - 0.03
+    low = found["recall"] < module.ENOUGH
+    pile.night({"b:gap": pile.add_rows(names_of["c"], of_a_kind(slice(160, 200), 30, 3))})
+    again = similar(pile.store, query_ids=["b0.png"], index="always", silent=True)
+    assert (again["why"], said) == ("the index was brought up to date: 30 images came, 0 went", [1])
+    assert bool(again["warnings"]) == (again["recall"] < module.ENOUGH)
+    assert low or again["recall"] >= module.ENOUGH - module._NOISE
+
+
+def test_a_search_looks_at_more_where_images_that_came_need_it(full, monkeypatch):
+    answers(full.store, "always", ["3.png"])
+    path = file_of(full.store)
+    kept = read_index(path)
+    poor = module._with(kept, candidates=1)
+    write_index(full.store.path, poor)
+    monkeypatch.setattr(module, "_CANDIDATES", (2, 64))
+    monkeypatch.setattr(module, "made_index", lambda *_, **__: pytest.fail("made anew"))
+    full.night({"b:gap": full.add_rows([f"new{n}.png" for n in range(30)], clusters(1, 30))})
+    found = similar(full.store, query_ids=["new1.png"], index="always", silent=True)
+    about = read_index(path).document
+    assert (about.candidates, about.recall_made) == (64, kept.document.recall_made)
+    assert found["recall"] == about.recall >= module.ENOUGH
+
+
 def test_auto_takes_a_kept_index_where_images_are_many_and_says_what_it_took(full, monkeypatch):
     assert similar(full.store, query_ids=["3.png"], silent=True)["why"] == "fewer than 200,000 images"
     monkeypatch.setattr(module, "FEW", 100)
