@@ -76,7 +76,7 @@ def _grid(**values: tuple[Any, ...]) -> Mapping[str, tuple[Any, ...]]:
 
 
 _TREES_GRID = _grid(
-    max_depth=(4, 6, 8),
+    max_depth=(4, 6),  # 8 was chosen no better, and took longest: docs/decisions/searches-share-passes.md
     min_child_weight=(1.0, 5.0),
     learning_rate=(0.1,),
     subsample=(0.8,),

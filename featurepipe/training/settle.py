@@ -39,7 +39,7 @@ from featurepipe.training.splits import (
 )
 from featurepipe.training.task import Recipe, Task
 from featurepipe.training.text import left_out_text
-from featurepipe.training.tuning import grid_size, one_fit, steps_of
+from featurepipe.training.tuning import few_fits, grid_size, steps_of
 
 if TYPE_CHECKING:
     from featurepipe.store.views import FeatureSet
@@ -357,10 +357,10 @@ def _timed(task: Task, recipe: Recipe, *, fits: int, tries: int, jobs: int) -> C
 
     one = partial(time_of, pilot, steepest=recipe.family.time_exponent)
     try:
-        found = one_fit(task, recipe) if tries else None
+        found = few_fits(task, recipe) if tries else None
         if found is not None:
-            tried, rows = found
-            each = time_of(tried, rows, steepest=recipe.family.time_exponent, whole=True)
+            tried, count, rows = found
+            each = time_of(tried, rows, steepest=recipe.family.time_exponent, whole=True) / count
             alike = cost.rows <= 2 * rows  # then the last fits are as those of the search
             last = each * (cost.rows / rows) ** recipe.family.time_exponent if alike else one(cost.rows)
             searched = tries * each / min(jobs, os.cpu_count() or 1)

@@ -506,11 +506,11 @@ def test_other_weights_are_something_else_to_learn_from(weighted_zoo, run):
 @pytest.mark.parametrize(
     ("head", "told", "taken"),
     [
-        ("linear-svm", {}, {"C": 1.0}),
+        ("linear-svm", {}, {"C": 10.0}),
         (
             "xgboost",
             {"n_estimators": 7},
-            {"max_depth": 6, "min_child_weight": 5.0, "early_stopping_rounds": 20, "n_estimators": 7},
+            {"max_depth": 6, "min_child_weight": 1.0, "early_stopping_rounds": 20, "n_estimators": 7},
         ),
         ("ridge", {}, {"alpha": 100.0}),
     ],
@@ -530,7 +530,9 @@ def test_the_time_of_a_search_is_that_of_one_of_its_fits_and_said_before_it(
     monkeypatch.setattr(tuning, "_boosted", trial)
     monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     found = run(split_zoo, head=head, tune=True, params=told, dry_run=True, silent=False)
-    (_, small, _), (params, rows, checked) = fitted
+    count = len(fitted) // 2  # with few rows, then with those of the search
+    assert [params.get("C") for params, _, _ in fitted[:count]] == ([0.01, 10.0] if "C" in taken else [None])
+    (_, small, _), (params, rows, checked) = fitted[0], fitted[-1]
     assert small < rows
     assert params == taken
     sets = len(ParameterGrid({name: values for name, values in HEADS[head].grid.items() if name not in told}))
@@ -540,7 +542,7 @@ def test_the_time_of_a_search_is_that_of_one_of_its_fits_and_said_before_it(
     run(split_zoo, head=head, tune=True, params=told, silent=False)
     said = f"tuning {head}: {sets} sets of parameters on 5 folds, {5 * sets} fits, about {spoken(10.0 * sets)}"
     assert said in capsys.readouterr().err.splitlines()
-    assert {(rows, checked) for _, rows, checked in fitted[3:]} == {(rows, checked)}
+    assert {(rows, checked) for _, rows, checked in fitted[3 * count :]} == {(rows, checked)}
 
 
 def test_a_long_search_says_how_far_it_is_and_how_long_it_takes_yet():
