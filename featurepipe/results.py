@@ -17,7 +17,7 @@ from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, cast
 
-from featurepipe.display import counted, displayed, first_names
+from featurepipe.display import counted, displayed, first_names, named_columns
 from featurepipe.errors import UsageError
 from featurepipe.lazy_names import lazy_names
 
@@ -220,9 +220,11 @@ def headline(found: Mapping[str, Any]) -> dict[str, Cell]:
     said: dict[str, Cell] = {}
     best = found.get("recommended")
     if isinstance(best, Mapping):
-        named = best.get("column") or best.get("route")
-        said["recommended"] = f"{named} with {best['head']}" if best.get("head") else str(named)
-    for source in (metrics_of(found), best if isinstance(best, Mapping) else {}):
+        backbone = found.get("backbone")
+        described = (backbone.get("description") or {}) if isinstance(backbone, Mapping) else {}
+        named = named_columns(str(best.get("column") or best.get("route")), described.get("bottleneck"))
+        said["recommended"] = f"{named} with {best['head']}" if best.get("head") else named
+    for source in (best if isinstance(best, Mapping) else {}, metrics_of(found)):
         for name in ("accuracy", "map", "r2"):
             if name in source and name not in said:
                 said[name] = _measured(source, name)

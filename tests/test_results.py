@@ -231,7 +231,17 @@ def test_plots_draw_the_values(store: fp.FeatureStore, evaluated: Result) -> Non
         for n, v in (("x", 0.5), ("y", 0.75))
     ]  # fmt: skip
     found = Result({"kind": "depth", "columns": columns, "results": entries, "recommended": {"column": "y:gap"}})
-    np.testing.assert_array_equal(found.plot("curve").lines[0].get_ydata(), [0.5, 0.75])
+    found["backbone"] = {"description": {"bottleneck": "y"}}
+    axes = found.plot("curve")
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [0.5, 0.75])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["x:gap", "bottleneck (y:gap)"]
+    assert "recommended: bottleneck (y:gap)" in [text.get_text() for text in axes.get_legend().get_texts()]
+    best = {"column": "y:gap", "head": "ridge", **{name: entries[1][name] for name in ("accuracy", "low", "high")}}
+    pooled = {"metrics": {"accuracy": {"value": 0.7501, "low": 0.71, "high": 0.79}}}  # of one prediction an image
+    shown = Result({**found, "recommended": best, "details": pooled})._repr_html_()
+    assert "bottleneck (y:gap) with ridge" in shown
+    assert "0.75 (95 % interval 0.65 to 0.85)" in shown  # as its table, its text and its page have it
+    assert "0.71 to 0.79" not in shown
     axes = store.features("greys").plot()
     assert sum(len(one.get_offsets()) for one in axes.collections) == 12
     assert axes.get_title().startswith(store.features("greys").named_column)

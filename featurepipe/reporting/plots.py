@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featurepipe.display import counted, displayed, first_names, shortened
+from featurepipe.display import counted, displayed, first_names, named_columns, shortened
 from featurepipe.errors import FeaturepipeError, UsageError, unknown
 from featurepipe.reporting.blocks import MEASURES, SERIES, finite, measure_of
 from featurepipe.reporting.charts import most_wrong
@@ -61,6 +61,8 @@ def plot_curve(result: Document, ax: Axes) -> Axes:
     measure = measure_of(result)
     columns = [str(entry["column"]) for entry in result["columns"]]
     best = (result.get("recommended") or {}).get("column")
+    bottleneck = ((result.get("backbone") or {}).get("description") or {}).get("bottleneck")
+    names = [displayed(named_columns(column, bottleneck)) for column in columns]
     kinds = dict.fromkeys((r["head"], r["network"], r["tested_on"]) for r in result["results"])
     for number, kind in enumerate(kinds):
         entries = {r["column"]: r for r in result["results"] if (r["head"], r["network"], r["tested_on"]) == kind}
@@ -72,8 +74,8 @@ def plot_curve(result: Document, ax: Axes) -> Axes:
         ax.plot(places, values, marker="o", color=colour, label=label)
         ax.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
     if best in columns:
-        ax.axvline(columns.index(best), color="0.5", linestyle=":", label=f"recommended: {displayed(best)}")
-    ax.set_xticks(range(len(columns)), [shortened(displayed(name), 24) for name in columns], rotation=35, ha="right")
+        ax.axvline(columns.index(best), color="0.5", linestyle=":", label=f"recommended: {names[columns.index(best)]}")
+    ax.set_xticks(range(len(columns)), [shortened(name, 32) for name in names], rotation=35, ha="right")
     ax.set_ylabel(measure.word)
     ax.legend(frameon=False)
     return ax

@@ -66,7 +66,7 @@ class FeatureSet(LabelledImages):
         return len(self.rows)
 
     def __repr__(self) -> str:
-        return f"<FeatureSet {self.origin.dataset}: {self.column} {self.shape} {self.dtype}>"
+        return f"<FeatureSet {self.origin.dataset}: {self.named_column} {self.shape}, {self.precision_text}>"
 
     def _repr_html_(self) -> str:
         """The card that a notebook shows; reads no features."""
@@ -77,7 +77,7 @@ class FeatureSet(LabelledImages):
         facts = {
             "dataset": f"{self.origin.dataset}, of {self.origin.store}",
             "columns": self.named_column,
-            "values": f"{self.shape[1]:,}, stored as {self.dtype}, read as float32",
+            "values": f"{self.shape[1]:,}, {self.precision_text}",
             **{name: value for name, value in counts.items() if value or name == "images"},
         }
         return card("FeatureSet", facts, tables={n: t for n, t in (("classes", classes), ("splits", splits)) if t})
@@ -164,8 +164,13 @@ class FeatureSet(LabelledImages):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The stored dtype (float32 if parts or columns differ)."""
+        """The stored dtype (float32 if parts or columns differ); what is read is float32 unless another one is asked for."""
         return self.rows.dtype
+
+    @property
+    def precision_text(self) -> str:
+        """For people: in what values are stored, and, where that is another dtype, in what they are read."""
+        return f"stored as {self.dtype}" + ("" if self.dtype == np.float32 else ", read as float32")
 
     @property
     def rejected(self) -> int:
@@ -467,7 +472,7 @@ def describe(features: FeatureSet) -> str:
     lines = [
         f"dataset  {features.origin.dataset}, of {features.origin.store}",
         f"space    {features.origin.space}",
-        f"columns  {features.named_column}: {features.shape[1]:,} values, {features.dtype}",
+        f"columns  {features.named_column}: {features.shape[1]:,} values, {features.precision_text}",
         f"images   {counts['images']:,} ({', '.join(rest)})",
         f"classes  {_listed(counts['classes'])}",
         f"splits   {_listed(counts['splits'])}",

@@ -97,7 +97,7 @@ def test_it_runs_as_a_script_that_starts_its_own_workers(features, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
     assert run.returncode == 0, run.stderr
     heading, *rows, last = run.stdout.splitlines()
-    assert heading.startswith("<FeatureSet zoo: a:gap (240, 1) float32> on 2 threads of tcp://127.0.0.1:")
+    assert heading.startswith("<FeatureSet zoo: a:gap (240, 1), stored as float32> on 2 threads of tcp://127.0.0.1:")
     accuracies = [float(row.split("+-")[0].split()[-1]) for row in rows[1:]]
     assert accuracies == sorted(accuracies, reverse=True)
     assert len(accuracies) == 12

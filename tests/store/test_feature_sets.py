@@ -178,12 +178,14 @@ def test_counts_and_words(wide, rows):
         "splits": {"test": 3, "train": 6},
     }
     assert features.describe().splitlines()[2:] == [
-        "columns  bottleneck (a:gap) + b:gap: 7 values, float16",
+        "columns  bottleneck (a:gap) + b:gap: 7 values, stored as float16, read as float32",
         "images   9 (2 unlabelled, 1 rejected, 2 duplicates)",
         "classes  2: x 4, y 3",
         "splits   2: test 3, train 6",
     ]
-    assert repr(features) == "<FeatureSet some: a:gap+b:gap (9, 7) float16>"
+    assert repr(features) == "<FeatureSet some: bottleneck (a:gap) + b:gap (9, 7), stored as float16, read as float32>"
+    assert (features.dtype, features.read().dtype, features.read(None).dtype) == (np.float16, np.float32, np.float16)
+    assert ">7, stored as float16, read as float32<" in features._repr_html_()
     assert (features.select(split="train").rejected, features.select(split="test").rejected) == (0, 1)
     assert wide.features("some", node="a", split="train").rejected == 0
     relabelled = features.with_labels({"i0": "x", "elsewhere": "y"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from featurepipe.display import counted, displayed, first_names, table
+from featurepipe.display import counted, displayed, first_names, named_columns, table
 from featurepipe.heads.bundle.files import CONTINUOUS, MULTILABEL
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
@@ -59,10 +59,11 @@ def bundle_text(bundle: Bundle) -> str:
     elif bundle.target is not None:
         interval = bundle.target.get("interval")
         calibrated = "no prediction intervals" if interval is None else interval_text(interval)
+    described = bundle.backbone.get("description") or {}
     params = ", ".join(f"{name}={value}" for name, value in bundle.params.items())
     lines = {
         "backbone": f"{bundle.backbone['name']}, weights {weights}{where}",
-        "features": f"{' + '.join(bundle.columns)}: {bundle.width:,} values, {_space(bundle)}",
+        "features": f"{named_columns(bundle.columns, described.get('bottleneck'))}: {bundle.width:,} values, {_space(bundle)}",
         "selected": selection_text(bundle.training["selection"]) if "selection" in bundle.training else "",
         "head": f"{bundle.family}{f' ({params})' if params else ''}, {calibrated}",
         "labels": f"{len(bundle.classes):,}: {_classes(bundle.classes)}" if bundle.target_type == MULTILABEL else "",
@@ -162,7 +163,8 @@ def _target(bundle: Bundle) -> str:
 
 def _space(bundle: Bundle) -> str:
     """What people tell feature spaces apart by."""
-    known = [str(bundle.space[name]) for name in ("precision", "dtype") if name in bundle.space]
+    known = [str(bundle.space["precision"])] if "precision" in bundle.space else []
+    known += [f"stored as {bundle.space['dtype']}"] if "dtype" in bundle.space else []
     return ", ".join([*known, f"space {bundle.fingerprint[:12]}"])
 
 

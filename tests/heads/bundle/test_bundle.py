@@ -266,7 +266,7 @@ def test_description_and_text(folder, bundle):
     text = bundle_text(read)
     for line in (
         "backbone  tiny, weights none",
-        f"features  layer1:gap + flatten:gap: 64 values, float16, space {bundle.fingerprint[:12]}",
+        f"features  layer1:gap + flatten:gap: 64 values, stored as float16, space {bundle.fingerprint[:12]}",
         "head      logistic (C=0.5), calibrated (temperature 1.7)",
         "classes   10: digit 0, digit 1, digit 2, digit 3, digit 4, digit 5, digit 6, digit 7, ...",
         "trained   on dataset digits, 3 different images; train",
