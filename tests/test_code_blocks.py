@@ -102,7 +102,7 @@ NOT_RUN = {
     (
         "docs/start.md",
         'eval "$(register-python-argcomplete',
-    ): "changes the shell that reads it",
+    ): "changes the shell that reads it; what it completes: tests/cli/test_completion.py",
     ("docs/tutorials/index.md", "pip install"): "installs, and opens a browser; notebooks: tests/test_tutorials.py",
     ("pipelines/README.md", "sudo useradd"): "changes the system; the units: tests/test_schedules.py",
     ("pipelines/README.md", "pip install"): "installs; the script: tests/test_pipelines.py",

@@ -279,7 +279,7 @@ def test_options_named_in_the_prose_exist() -> None:
     ours = re.sub(r"\bdask (?:scheduler|worker)[^`\n]*", "", text)  # Dask's commands have options of their own
     ours = re.sub(r"\btorchrun --nproc-per-node", "", ours)  # as has PyTorch's
     ours = re.sub(r"\b(?:rsync|rsvg-convert) [^`\n]*", "", ours)
-    ours = ours.replace("`--index-url`", "")  # of pip
+    ours = re.sub(r"`--index-url`|--shell fish", "", ours)  # of pip, of argcomplete
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ours))
     assert named
     assert named <= known

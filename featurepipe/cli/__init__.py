@@ -24,7 +24,7 @@ from featurepipe.cli.output import (
     tracebacks_shown_safely,
     warnings_shown_safely,
 )
-from featurepipe.cli.parser import build_parser, parse
+from featurepipe.cli.parser import build_parser, offer_values, parse
 from featurepipe.display import displayed
 from featurepipe.errors import FeaturepipeError, on_command_line, unsearchable
 from featurepipe.interrupt import ends_on_ctrl_c
@@ -61,7 +61,9 @@ def _complete() -> None:
     with suppress(ImportError):
         import argcomplete
 
-        argcomplete.autocomplete(build_parser())
+        parser = build_parser()
+        offer_values(parser)
+        argcomplete.autocomplete(parser)
 
 
 _STOPPED = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -175,3 +177,40 @@ def _overview() -> str:
             told = textwrap.wrap(summary, max(shutil.get_terminal_size().columns - width - 4, 20))
             lines += [f"{f'  {name}':{width}}{told[0]}", *(" " * width + more for more in told[1:])]
     return "\n".join(lines)
+
+
+def offer_values(parser: argparse.ArgumentParser) -> None:
+    """Gives options the values that a shell offers after them: the words that their help names, networks, heads.
+
+    Options that take a file keep what the shell offers, which is files.
+    """
+    for action in parser._actions:  # noqa: SLF001  # argparse has no public list of them
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            for command in action.choices.values():
+                offer_values(command)
+        elif action.option_strings and action.nargs != 0:
+            named = str(action.metavar or "").split("|")
+            words = [word.partition("[")[0] for word in named]
+            literal = [word for word in words if re.fullmatch(r"[a-z][a-z0-9,-]*", word)]
+            offered = _OFFERED.get(action.option_strings[-1]) or (partial(_given, literal) if literal else None)
+            if offered and not {"FILE", "DIR"} & set(words):
+                action.completer = offered  # type: ignore[attr-defined]  # argcomplete calls it
+
+
+def _given(words: list[str], **_: Any) -> list[str]:
+    return words
+
+
+def _networks(**_: Any) -> list[str]:
+    from featurepipe.backbones import list_backbones
+
+    return [network.name for network in list_backbones()]
+
+
+def _heads(**_: Any) -> list[str]:
+    from featurepipe.heads.families import HEADS
+
+    return list(HEADS)
+
+
+_OFFERED: dict[str, Callable[..., list[str]]] = {"--backbone": _networks, "--heads": _heads}
