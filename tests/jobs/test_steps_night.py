@@ -378,6 +378,12 @@ def test_questions_are_asked_of_every_night_and_answered_in_files(pile):
     rows = (pile.folder / "asked" / f"{second['run_id']}.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in rows[1:]] == ['"night/500.png"'] * 2 + ['"night/501.png"'] * 2
     assert steps["outliers outliers.html"]["images"] == 2
+    pile.fill(1, first=600, folder="night/")
+    third = pile.run()
+    (text,) = [
+        entry["result"]["text"] for entry in third["steps"] if entry["step"] == "outliers" and entry["result"]["since"]
+    ]
+    assert "s of 1 new image, in asked/outliers" in text.replace("1 outlier ", "outliers ")
     assert (pile.folder / "asked" / "outliers.html").read_text().count("<img src=") >= 2
     assert "queries" not in json.dumps(second["steps"])
 

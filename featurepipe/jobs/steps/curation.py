@@ -46,9 +46,9 @@ def outliers(night: Night, table: OutliersTable) -> dict[str, Any]:
             return {"skipped": "the first night: there is nothing to compare with"}
         if table.since == "previous" and not _new_ids(night, table):
             return {"skipped": "no new images"}
-    what = "images" if since is None else "new images"
+    what = "image" if since is None else "new image"
     return _asked(
-        night, table, run, lambda found: f"{counted(found['count'], 'outlier')} of {found['images']:,} {what}",
+        night, table, run, lambda found: f"{counted(found['count'], 'outlier')} of {counted(found['images'], what)}",
         since=since,
     )  # fmt: skip
 
