@@ -1,6 +1,8 @@
 """Every code block of the documentation works: Python and command lines run, tables of jobs and clusters are valid."""
 
+import ast
 import csv
+import gzip
 import json
 import re
 import shlex
@@ -19,6 +21,7 @@ from featurepipe.cli import build_parser
 from featurepipe.errors import UsageError
 from featurepipe.execution.launchers import read_spec
 from featurepipe.jobs.validation import read_job
+from tests.test_readme import write_idx
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -41,6 +44,7 @@ QUICK = {
     'backbone = "efficientnet_lite0"': 'backbone = "lenet5"\nweights = "none"',
     '"efficientnet_lite0"': '"lenet5", weights="none"',
     '"blocks.10': '"s4',
+    'Path("demo-output"), ': 'Path("demo-output"), data=Path("clothes"), ',
 }
 """What examples of Python say, and what is run in their place, in milliseconds an image."""
 QUICK_LINES = {
@@ -163,6 +167,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         level = 40 if dark else 170
         Image.fromarray(rng.integers(level, level + 60, (40, 40, 3), dtype=np.uint8)).save(path)
 
+    few_clothes(folder / "clothes")
     for number in range(1, 17):
         for kind in ("cat", "dog"):
             draw(f"photos/{kind}/{number}.jpg", kind == "cat")
@@ -177,6 +182,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "scans.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "label", "patient", "age", "fold", "w"), *rows])
     return folder
+
+
+def few_clothes(folder: Path) -> None:
+    """The demo's files with three images of each class to learn from, and one to test on."""
+    folder.mkdir()
+    for split, each in (("train", 3), ("t10k", 1)):
+        files = [f"{split}-{kind}.gz" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+        images, labels = (gzip.decompress((ROOT / "featurepipe" / "data" / name).read_bytes()) for name in files)
+        pixels, kinds = np.frombuffer(images[16:], np.uint8).reshape(-1, 28, 28), np.frombuffer(labels[8:], np.uint8)
+        chosen = np.concatenate([np.flatnonzero(kinds == kind)[:each] for kind in range(10)])
+        for name, values in zip(files, (pixels[chosen], kinds[chosen]), strict=True):
+            write_idx(folder / name, values)
 
 
 def quickly(code: str) -> str:
@@ -308,3 +325,18 @@ def test_the_reference_of_the_interface_has_every_public_name() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     names = {name for name in featurepipe.__all__ if not name.startswith("_")}
     assert {name for name in names if f":: featurepipe.{name}\n" not in text} == set()
+
+
+def test_the_reference_has_every_name_that_a_page_imports() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    imported = {
+        f"{node.module}.{name.name}"
+        for page in PAGES
+        for block in blocks(page, "python")
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("featurepipe")
+        for name in node.names
+    }
+    assert "featurepipe.store.join_roles" in imported
+    assert "featurepipe.store.export_dataset" in imported
+    assert {name for name in imported if f":: {name}\n" not in text} == set()
