@@ -57,7 +57,7 @@ minimum:
 	$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(MINIMUM)/bin/uv pip install --quiet --python $(MINIMUM)/bin/python --resolution lowest-direct -r pyproject.toml --extra demo \
 		'pytest>=8.3' 'pytest-timeout>=2.3' 'hypothesis>=6.115'
-	OMP_NUM_THREADS=1 $(MINIMUM)/bin/python -m pytest -m 'not slow' tests/test_cnn_features.py tests/cli/test_extract_text.py tests/heads/bundle \
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(MINIMUM)/bin/python -m pytest -m 'not slow' tests/test_cnn_features.py tests/cli/test_extract_text.py tests/heads/bundle \
 		tests/heads/test_families.py tests/heads/test_linear.py tests/extraction/test_increments.py tests/extraction/test_compute_shard.py \
 		tests/store/test_store.py tests/store/test_parts.py tests/store/test_feature_sets.py tests/store/test_archives.py
 	$(MINIMUM)/bin/python -m featurepipe demo --out $(MINIMUM)/demo
