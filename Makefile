@@ -26,6 +26,7 @@ lint: $(VENV)/.installed-dev
 lint-style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_words.py
 
 lint-types:
 	$(BIN)/mypy

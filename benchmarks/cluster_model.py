@@ -24,7 +24,7 @@ class Costs:
         image_bytes: Of an image file.
         decode_seconds: Of a core, for reading and decoding an image.
         image_traffic: Bytes that the scheduler receives and sends for an image.
-        client_seconds: Of the client's core, to hand an image out and book it.
+        client_seconds: Of the client's core, to hand an image out and record it.
         closing_seconds: Of the client's core, for an image when all are done.
         scheduler_seconds: Of the scheduler's core, for the same.
         task_seconds: Of the scheduler's core, for a task.

@@ -72,7 +72,7 @@ def cross_validation(features: FeatureSet, codes: Codes, *, folds: int, seeds: i
         features: n labelled rows.
         codes: (n,) class numbers.
         folds: of each seed, at least 2.
-        seeds: how many times all is dealt anew.
+        seeds: how many times images are dealt to folds.
 
     Raises:
         UsageError: there are too few images.
