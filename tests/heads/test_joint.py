@@ -11,7 +11,13 @@ from benchmarks.bench_heads import objective
 from featurepipe.heads import BlockLogisticRegression, fit_path
 from featurepipe.heads.blocks import RowThreads
 from featurepipe.heads.linear import classifiers, joint, passes
-from featurepipe.heads.linear.losses import Measured, Penalty
+from featurepipe.heads.linear.losses import (
+    CholeskyPreconditioner,
+    DiagonalPreconditioner,
+    Measured,
+    Penalty,
+    SubspacePreconditioner,
+)
 from featurepipe.heads.linear.optimisers import Optimum
 from featurepipe.heads.row_shards import row_shards_of
 
@@ -176,3 +182,30 @@ def test_so_many_problems_at_a_time_as_memory_allows_get_joint_curvature():
     found = classifiers.finished(stopped, prepared, 100, solve, joint_at_once=2)
     assert asked == [("joint_lbfgs", np.float64, [0, 2], [90, 90]), ("joint_lbfgs", np.float64, [3], [90])]
     assert [one.iterations for one in found] == [15, 10, 15, 15]
+
+
+@pytest.mark.parametrize("kind", ["each", "shared", "diagonal", "subspace", "joint"])
+def test_preconditioners_solve_for_several_vectors_as_for_each_alone(kind):
+    rng = np.random.default_rng(4)
+    classes, size = (1 if kind == "subspace" else 3), 6
+    rows = rng.standard_normal((3, 20, size))
+    sums = rows.transpose(0, 2, 1) @ rows
+    penalty = Penalty(np.append(np.ones(size - 1), 0), np.append(np.full(size - 1, -0.1), 1), 0.3)
+    solve = {
+        "each": lambda: CholeskyPreconditioner(sums.copy(), 0.7, penalty),
+        "shared": lambda: CholeskyPreconditioner(sums[:1].copy(), 0.7, penalty),
+        "diagonal": lambda: DiagonalPreconditioner(np.einsum("kii->ki", sums), 0.7, penalty),
+        "subspace": lambda: SubspacePreconditioner(
+            np.append(np.diagonal(sums[0]), [20, 3, 9])[None], 0.7, penalty, rng.standard_normal((1, size))
+        ),
+        "joint": lambda: joint.JointPreconditioner(sums.astype(np.float32), 0.7, penalty, classes),
+    }[kind]()
+    vectors = rng.standard_normal((5, classes, size))
+    vectors -= vectors.mean(axis=1, keepdims=True) if classes > 1 else 0
+    together = solve(vectors)
+    assert together.shape == vectors.shape
+    np.testing.assert_allclose(together, [solve(vector) for vector in vectors], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(together[:2], solve(vectors[:2]), rtol=1e-5, atol=1e-7)
+    if kind == "each":
+        matrices = 0.7 * sums + np.diag(penalty.ridge) + 0.3 * np.outer(penalty.lever, penalty.lever)
+        np.testing.assert_allclose(np.einsum("kij,vkj->vki", matrices, together), vectors, atol=1e-5)

@@ -240,6 +240,11 @@ def test_overlapping_folds_measure_curvature_once_for_all(monkeypatch):
         counts[overlapping] = len(asked), sum(map(bool, asked))
     assert counts[True][1] <= counts[False][1] / 4
     assert counts[True][0] < counts[False][0]
+    assert [kind for kind in asked if kind] == [
+        "shared",
+        "each",
+    ]  # the latter where the fit of all rows ends, and folds start
+    assert asked.index("each") > 3
 
 
 @pytest.mark.parametrize("class_weight", [None, "balanced", {0: 3.0, 1: 0.5, 2: 1, 3: 1}])
@@ -437,6 +442,7 @@ def test_products_with_the_second_derivative_are_differences_of_gradients(loss, 
         step = 1e-6
         [above, product] = ask([number, number], [Evaluate(point + step * along), Evaluate(point, along=along)])
         [below] = ask([number], [Evaluate(point - step * along)])
+        assert (above.bound > 0) == (loss == "SoftmaxLoss")  # others do not stop by it
         expected = (above.gradient - below.gradient) / (2 * step)
         np.testing.assert_allclose(products[number].gradient, expected, atol=1e-5)
         np.testing.assert_allclose(product.gradient, products[number].gradient, rtol=1e-12)

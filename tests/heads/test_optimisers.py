@@ -213,6 +213,33 @@ def test_newton_stops_unsatisfied_when_its_iterations_are_used_up():
     assert len(asked) <= 9
 
 
+def test_optimisers_with_the_same_preconditioner_are_answered_together():
+    """The matrices of a large preconditioner are then read once for all; alone each optimiser goes the same way."""
+    centres = [np.arange(6.0) + number for number in range(3)]
+    scale, sizes = np.logspace(-1, 1, 6), []
+
+    def known(vectors):
+        sizes.append(len(vectors))
+        return vectors / (1 + scale)  # near the second derivative
+
+    def solve(numbers):
+        def evaluate(alive, requests):
+            return [quadratic(scale, centres[numbers[one]])(ask) for one, ask in zip(alive, requests, strict=True)]
+
+        return run([lbfgs(np.zeros(6), OptimiserSettings(1e-12, 60), known) for _ in numbers], evaluate)
+
+    together = solve([0, 1, 2])
+    calls, sizes[:] = list(sizes), []
+    for number, found in enumerate(together):
+        [alone] = solve([number])
+        assert found.iterations == alone.iterations > 2
+        np.testing.assert_array_equal(found.point, alone.point)
+        np.testing.assert_allclose(found.point, centres[number], rtol=1e-4)
+    assert calls[:2] == [3, 6]  # the gradients; from the second step on differences of gradients, too
+    assert sum(calls) == sum(sizes)
+    assert len(calls) <= max(one.iterations for one in together) + 1 < len(sizes)
+
+
 def test_newton_is_satisfied_at_the_minimum():
     optimum, _ = solo(quadratic(np.ones(3), np.arange(3.0)), np.arange(3.0), newton)
     assert optimum == Optimum(optimum.point, optimum.iterations, converged=True)

@@ -20,7 +20,15 @@ from featurepipe.errors import UsageError
 from featurepipe.heads.inputs import BlockClassifier, TrainingData, labels_from, linear_scores, training_data
 from featurepipe.heads.linear.losses import BinomialLoss, Loss, SoftmaxLoss, SquaredHingeLoss
 from featurepipe.heads.linear.optimisers import Optimiser, OptimiserSettings, Optimum, joint_lbfgs, lbfgs, newton, run
-from featurepipe.heads.linear.passes import FitProblem, Passes, Prepared, joint_at_once, patience_of, prepare
+from featurepipe.heads.linear.passes import (
+    FitProblem,
+    Passes,
+    Prepared,
+    curvature_worth,
+    joint_at_once,
+    patience_of,
+    prepare,
+)
 
 Array = npt.NDArray[Any]
 Estimator = TypeVar("Estimator", bound="BlockLinearClassifier")
@@ -229,10 +237,12 @@ def _solve_group(
     most = min(patience, estimator.max_iter)
     if overlapping:
         common = [replace(problem, fold=len(folds)) for problem in problems[: len(problems) // len(folds)]]
-        roughly = replace(settings(estimator.tol, most), tolerance=_ROUGHLY, certain=math.inf, keep=True)
+        refresh = max(loss.refresh, round(2 * curvature_worth(prepared)))  # it is measured once at the end, too
+        exactly = replace(settings(estimator.tol, most), refresh=refresh)
+        roughly = replace(exactly, tolerance=_ROUGHLY, certain=math.inf, keep=True)
         starts = [start_point(begin[-1], width, intercept=estimator.fit_intercept) for _ in common]
         near = run([lbfgs(start, roughly) for start in starts], passes_for(common, prepared)) * len(folds)
-        fits = [lbfgs(one.point, settings(estimator.tol, most), one.precondition) for one in near]
+        fits = [lbfgs(one.point, exactly, one.precondition) for one in near]
         optima = run(fits, passes_for(problems, prepared))
         del near, fits  # with the curvature
     else:

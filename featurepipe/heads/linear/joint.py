@@ -94,14 +94,14 @@ class JointPreconditioner:
             self._factor = _factor(matrix)
 
     def __call__(self, gradient: Array) -> Array:
-        """Returns the (K, size) solution, float64, for a gradient whose columns sum to zero."""
+        """Returns the (..., K, size) solutions, float64, for gradients whose columns sum to zero."""
         [solve] = get_lapack_funcs(("potrs",), (self._factor,))
-        scaled = gradient[:-1].ravel() * self._scales
+        scaled = gradient[..., :-1, :].reshape(-1, len(self._scales)) * self._scales
         with one_blas_thread.lifted():
-            solved, _ = solve(self._factor, scaled.astype(DTYPE), lower=False)
-        found = np.zeros((self._classes, self._size))
-        found[:-1] = (solved * self._scales).reshape(self._classes - 1, self._size)
-        return np.asarray(found - found.mean(axis=0))
+            solved, _ = solve(self._factor, scaled.T.astype(DTYPE), lower=False)
+        found = np.zeros(gradient.shape)
+        found[..., :-1, :] = (solved.T * self._scales).reshape(*gradient.shape[:-2], self._classes - 1, self._size)
+        return np.asarray(found - found.mean(axis=-2, keepdims=True))
 
 
 def _laplacian(sums: Array, classes: int) -> Array:

@@ -180,6 +180,8 @@ def softmax(scores: Array) -> Array:
     return np.asarray(likely / likely.sum(axis=-2, keepdims=True))
 
 
+_TOGETHER = 4  # vectors from which products of matrices take less time than reading these again for each
+_ALONE_WIDTH = 2048  # of a matrix up to which threads that share its factorisation wait longer than they work
 WIDEST = 4096  # values a row up to which whole matrices are measured; above it their diagonals
 _ROWS_PER_VALUE = 4  # rows measured for each value a row: enough for a matrix that is close enough
 _LEAST_ROWS = 4096
@@ -385,7 +387,7 @@ class Penalty:
 
 
 class CholeskyPreconditioner:
-    """Solves with one positive definite matrix for each row of a (K, size) gradient, or one for all rows.
+    """Solves with one positive definite matrix for each row of (K, size) gradients, or one for all rows.
 
     Kept as inverses of Cholesky factors: their product is positive definite however they are rounded, and a product
     with them is several times as fast as a substitution.
@@ -395,21 +397,29 @@ class CholeskyPreconditioner:
         """Factorises ``C * sums + penalty``; overwrites the (K, size, size) sums."""
         diagonals = C * np.diagonal(sums, axis1=1, axis2=2).astype(np.float64) + penalty.diagonal
         self._scales = 1 / np.sqrt(np.where(diagonals > 0, diagonals, 1))  # to a diagonal of ones
-        with one_blas_thread.lifted():  # LAPACK holds Python's lock: threads of ours would wait for each other
+        alone = sums.shape[-1] <= _ALONE_WIDTH  # LAPACK holds Python's lock: threads of ours would wait for each other
+        with one_blas_thread if alone else one_blas_thread.lifted():
             for matrix, scale in zip(sums, self._scales, strict=True):
                 _scale_and_add(matrix, C, scale, penalty)
                 _invert_factor(matrix)
         self._inverses = sums
 
     def __call__(self, gradient: Array) -> Array:
-        """Returns the (K, size) solutions, float64."""
+        """Returns the (..., K, size) solutions, float64."""
         scaled = (gradient * self._scales).astype(self._inverses.dtype)
         if len(self._inverses) == 1:
-            solved = (scaled @ self._inverses[0].T) @ self._inverses[0]
+            flat = scaled.reshape(-1, scaled.shape[-1])
+            solved = (flat @ self._inverses[0].T) @ self._inverses[0]
         else:
-            half = np.matmul(self._inverses, scaled[:, :, None])
-            solved = np.matmul(self._inverses.transpose(0, 2, 1), half)[:, :, 0]
-        return np.asarray(solved.astype(np.float64) * self._scales)
+            vectors = scaled.reshape(-1, *scaled.shape[-2:])
+            together = [vectors] if len(vectors) >= _TOGETHER else vectors[:, None]
+            solved = np.concatenate([self._solved(some) for some in together])
+        return np.asarray(solved.reshape(gradient.shape).astype(np.float64) * self._scales)
+
+    def _solved(self, vectors: Array) -> Array:
+        """With a matrix for each row, of (v, K, size) scaled vectors."""
+        half = np.matmul(self._inverses, np.ascontiguousarray(vectors.transpose(1, 2, 0)))
+        return np.asarray(np.matmul(self._inverses.transpose(0, 2, 1), half).transpose(2, 0, 1))
 
 
 class DiagonalPreconditioner:
@@ -420,7 +430,7 @@ class DiagonalPreconditioner:
         self._diagonals = np.where(diagonals > 0, diagonals, 1)
 
     def __call__(self, gradient: Array) -> Array:
-        """Returns the quotients, float64."""
+        """Returns the (..., K, size) quotients, float64."""
         return np.asarray(gradient / self._diagonals)
 
 
@@ -447,7 +457,7 @@ class SubspacePreconditioner:
         self._change = np.linalg.inv(exact) - np.linalg.inv(rough) if fine else np.zeros((0, 0))
 
     def __call__(self, gradient: Array) -> Array:
-        """Returns the (1, size) solution, float64."""
+        """Returns the (..., 1, size) solutions, float64."""
         return np.asarray(gradient / self._diagonal + (gradient @ self._plane.T) @ self._change @ self._plane)
 
 

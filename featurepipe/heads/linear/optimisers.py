@@ -19,6 +19,7 @@ from featurepipe.heads.blocks import one_blas_thread
 
 Vector = npt.NDArray[np.float64]
 Precondition = Callable[[Vector], Vector]
+"""Times a vector of a point's shape, or times several, (v, ...) at once."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,20 @@ class Evaluate:
     point: Vector
     curvature: str = ""
     along: Vector | None = None
+
+
+@dataclass(frozen=True)
+class Solve:
+    """What an optimiser asks: an approximate inverse of the second derivative times vectors, which comes as an array like them.
+
+    Attributes:
+        vectors: (v, ...) vectors, each of a point's shape.
+        precondition: The approximate inverse. Optimisers that have the same one are answered together: its matrices, which may
+            take hundreds of megabytes, are read once for all.
+    """
+
+    vectors: Vector
+    precondition: Precondition
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,8 @@ class Optimum:
     precondition: Precondition | None = None
 
 
-Optimiser = Generator[Evaluate, Evaluation, Optimum]
+Optimiser = Generator[Evaluate | Solve, Any, Optimum]
+"""Gets an ``Evaluation`` of each ``Evaluate``, an array of each ``Solve``."""
 
 
 def run(
@@ -84,18 +100,48 @@ def run(
         evaluate: Gets the numbers of the optimisers still alive and their requests; returns their evaluations.
     """
     optima: dict[int, Optimum] = {}
+    asked: dict[int, Evaluate] = {}
+    to_solve: dict[int, Solve] = {}
+
+    def go_on(number: int, found: Any) -> None:
+        try:
+            request = optimisers[number].send(found)
+        except StopIteration as stop:
+            optima[number] = stop.value
+            return
+        if isinstance(request, Solve):
+            to_solve[number] = request
+        else:
+            asked[number] = request
+
     with one_blas_thread:
-        requests = {number: next(optimiser) for number, optimiser in enumerate(optimisers)}
-        while requests:
-            evaluations = evaluate(list(requests), list(requests.values()))
-            alive: dict[int, Evaluate] = {}
-            for number, found in zip(requests, evaluations, strict=True):
-                try:
-                    alive[number] = optimisers[number].send(found)
-                except StopIteration as stop:
-                    optima[number] = stop.value
-            requests = alive
+        for number in range(len(optimisers)):
+            go_on(number, None)
+        while asked or to_solve:
+            if to_solve:
+                solving, to_solve = to_solve, {}
+                answers = _solved(solving)
+            else:
+                evaluating, asked = asked, {}
+                found = evaluate(list(evaluating), list(evaluating.values()))
+                answers = dict(zip(evaluating, found, strict=True))
+            for number in list(answers):
+                go_on(number, answers.pop(number))
     return [optima[number] for number in range(len(optimisers))]
+
+
+def _solved(requests: dict[int, Solve]) -> dict[int, Any]:
+    """Answers those that have the same approximate inverse together."""
+    alike: dict[int, list[int]] = {}
+    for number, request in requests.items():
+        alike.setdefault(id(request.precondition), []).append(number)
+    answers: dict[int, Any] = {}
+    for numbers in alike.values():
+        vectors = [requests[number].vectors for number in numbers]
+        solved = requests[numbers[0]].precondition(vectors[0] if len(vectors) == 1 else np.concatenate(vectors))
+        ends = np.cumsum([len(some) for some in vectors])
+        answers |= dict(zip(numbers, np.split(solved, ends[:-1]), strict=True))
+    return answers
 
 
 _CAREFUL = 0.01
@@ -121,8 +167,8 @@ class OptimiserSettings:
             objective: from there to the optimum it hardly changes.
         certain: Stops only where the bound, too, is at most this fraction of the objective, or the estimate a hundredth of what
             it has to be: the bound is far from the truth along directions that bend much more than the penalty.
-        keep: Whether others start from where it stops, with the approximate inverse of the second derivative, which is then kept:
-            an estimate is believed whatever curvature it is by.
+        keep: Whether others start from where it stops, with the approximate inverse of the second derivative, which is then kept,
+            of curvature measured there: an estimate is believed whatever curvature it is by.
     """
 
     tolerance: float
@@ -148,37 +194,40 @@ def lbfgs(start: Vector, settings: OptimiserSettings, known: Precondition | None
     costs more than a pass, and is measured only where a step has ended, in a pass of its own.
 
     With a preconditioner that is ``known``, of a problem much like this one at its optimum, which is the start, none is
-    measured before twenty iterations.
+    measured before twenty iterations, or as many as the settings say if they are more.
     """
     point, pairs, satisfied, step = start, _Pairs(), 0, 1.0
     at = yield Evaluate(point, "" if known else "joint" if settings.joint else "shared")
     first, precondition, age, interval, near = at.value, known or at.precondition, 0, settings.refresh, False
     if known:
-        age, interval, near = 1, _KNOWN_REFRESH, settings.trusted > 0
+        age, interval, near = 1, max(_KNOWN_REFRESH, settings.refresh), settings.trusted > 0
 
-    def ended(iterations: int, *, converged: bool) -> Optimum:
-        return Optimum(point, iterations, converged, precondition if settings.keep else None)
+    def ended(iterations: int, *, converged: bool) -> Generator[Evaluate, Evaluation, Optimum]:
+        kept = None
+        if settings.keep:
+            kept = (yield Evaluate(point, "each")).precondition if iterations and age else precondition
+        return Optimum(point, iterations, converged, kept)
 
     for iteration in range(settings.max_iterations):
-        direction = -pairs.apply(at.gradient, precondition)
+        direction = -(yield from pairs.apply(at.gradient, precondition))
         slope = _dot(at.gradient, direction)
         estimate = -slope / 2
         if not estimate > 0:  # nothing but rounding is left of the gradient
-            return ended(iteration, converged=True)
+            return (yield from ended(iteration, converged=True))
         gained = abs(at.value) if settings.joint or known else first - at.value  # that estimate is near the truth
         goal = settings.tolerance * max(min(abs(at.value), gained), 1e-3 * abs(at.value))
         satisfied = satisfied + 1 if estimate <= goal else 0
         near = estimate <= settings.trusted * goal / settings.tolerance if age == 0 else near
         believed = age == 0 or near or settings.keep
         if satisfied and believed and settings.certified(at, estimate):
-            return ended(iteration, converged=True)
+            return (yield from ended(iteration, converged=True))
         measure = age + 1 >= interval or (satisfied == 2 and not believed)
         # where the last step was short, the next one hardly is 1
         kind = "each" if measure and not settings.joint else ""
         step, found = yield from line_search(point, at, direction, slope, first=min(1.0, 4 * step), curvature=kind)
         if step == 0:  # the objective cannot be told apart from its neighbours any more
             hidden = estimate <= 100 * settings.tolerance * abs(at.value)
-            return ended(iteration, converged=hidden and settings.certified(at, estimate))
+            return (yield from ended(iteration, converged=hidden and settings.certified(at, estimate)))
         age += 1
         if measure and settings.joint:
             found = yield Evaluate(point + step * direction, "joint")
@@ -188,7 +237,7 @@ def lbfgs(start: Vector, settings: OptimiserSettings, known: Precondition | None
         else:
             pairs.add(step * direction, found.gradient - at.gradient)
         point, at = point + step * direction, found
-    return ended(settings.max_iterations, converged=False)
+    return (yield from ended(settings.max_iterations, converged=False))
 
 
 def joint_lbfgs(start: Vector, settings: OptimiserSettings) -> Optimiser:
@@ -228,30 +277,30 @@ class _Pairs:
         if product > 1e-12 * np.sqrt(_dot(step, step) * _dot(difference, difference)):
             self._pairs.append((step, difference, 1 / product))
 
-    def apply(self, gradient: Vector, precondition: Precondition | None) -> Vector:
+    def apply(self, gradient: Vector, precondition: Precondition | None) -> Generator[Solve, Vector, Vector]:
         """The two-loop recursion."""
         result, amounts = gradient.copy(), []
         for step, difference, inverse in reversed(self._pairs):
             amounts.append(inverse * _dot(step, result))
             result -= amounts[-1] * difference
-        result = self._scaled(result, precondition)
+        if precondition is not None:
+            result = yield from self._scaled(result, precondition)
+        elif self._pairs:
+            _, difference, inverse = self._pairs[-1]
+            result /= inverse * _dot(difference, difference)
         for (step, difference, inverse), amount in zip(self._pairs, reversed(amounts), strict=True):
             result += (amount - inverse * _dot(difference, result)) * step
         return result
 
-    def _scaled(self, vector: Vector, precondition: Precondition | None) -> Vector:
+    def _scaled(self, vector: Vector, precondition: Precondition) -> Generator[Solve, Vector, Vector]:
         """Applies the preconditioner, scaled to the curvature met on the last step."""
-        start = precondition or _identity
         if not self._pairs:
-            return start(vector)
+            alone: Vector = (yield Solve(vector[None], precondition))[0]
+            return alone
         _, difference, inverse = self._pairs[-1]
-        scaled: Vector = start(vector) / (inverse * _dot(difference, start(difference)))
+        solved, bent = yield Solve(np.stack([vector, difference]), precondition)
+        scaled: Vector = solved / (inverse * _dot(difference, bent))
         return scaled
-
-
-def _identity(vector: Vector) -> Vector:
-    same: Vector = vector.copy()
-    return same
 
 
 def _dot(one: Vector, other: Vector) -> Any:

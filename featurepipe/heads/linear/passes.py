@@ -128,6 +128,13 @@ def patience_of(prepared: Prepared, shape: tuple[int, ...]) -> int:
     return int(max(worth, _LEAST_PATIENCE[prepared.dtype]))
 
 
+def curvature_worth(prepared: Prepared) -> float:
+    """How many passes of a problem cost as much as to measure the curvature of each of its columns, in operations."""
+    rows, width = max(1, prepared.shards.rows), len(prepared.mean)
+    measured = share_of(rows, width) * rows
+    return float((measured + 4 / 3 * width) * width / (4 * rows))
+
+
 def _less(block: Array, *, mean: Array) -> Array:
     return np.asarray(block - mean)
 
@@ -244,7 +251,9 @@ class Passes:
         """Adds the penalties."""
         penalty = self._penalise(problem, asked.point, gradient)
         value = float(problem.C * value + penalty)
-        bound = float(np.square(gradient[:, : len(self._mean)]).sum()) / 2  # the penalty's second derivative is 1
+        bound = 0.0
+        if self.loss.redundant:  # the fits that stop by it
+            bound = float(np.square(gradient[:, : len(self._mean)]).sum()) / 2  # the penalty's second derivative is 1
         if curvature is None:
             return Evaluation(value, gradient, bound=bound)
         joint = self._is_joint(asked)
@@ -363,6 +372,6 @@ def _zero_sum(solve: Precondition) -> Precondition:
 
     def solve_within(gradient: Array) -> Array:
         solved = solve(gradient)
-        return np.asarray(solved - solved.mean(axis=0))
+        return np.asarray(solved - solved.mean(axis=-2, keepdims=True))
 
     return solve_within
