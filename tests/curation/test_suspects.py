@@ -193,7 +193,7 @@ def test_each_image_is_judged_as_by_a_head_fitted_on_the_other_folds_alone(pile)
         head = make_head("logistic", C=C, out_of_core=True).fit(features.take(train), codes[train])
         scaled_apart[test] = head.predict_proba(features.take(test))
     np.testing.assert_allclose(together.sum(axis=1), 1)
-    np.testing.assert_allclose(together, apart, atol=1e-2)
+    np.testing.assert_allclose(together, apart, atol=2e-2)
     (rows, score), (others, other), (before, _) = (module._confident(codes, p) for p in (together, apart, scaled_apart))
     assert len(rows) > 150
     assert len(np.intersect1d(rows, others)) >= 0.99 * max(len(rows), len(others))
