@@ -114,8 +114,11 @@ def test_a_worker_killed_in_a_slice_loses_what_it_had_not_committed(
 
 
 def test_a_stopped_worker_does_not_stall_the_end(
-    own_executor: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any
-) -> None:
+    own_executor: DaskExecutor, processes: Any, photos: Path, tmp_path: Path, slow_folder: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("featurepipe.execution.dask.RESULT_SECONDS", 1.0)  # each time that a result of its is asked for
+    monkeypatch.setattr("featurepipe.execution.dask.RETURN_SECONDS", 2.0)  # for its answer at the end
     store, start = tmp_path / "store", time.monotonic()
     with meanwhile(store, 2, lambda: processes.workers[0].send(signal.SIGSTOP)):
         record = run(slow_folder(photos, 0.01), store, own_executor)

@@ -21,11 +21,11 @@ from featurepipe.store.snapshots import SCHEMA
 pytestmark = pytest.mark.slow
 
 
-def made(rows: int = 6000, width: int = 40) -> tuple[np.ndarray, np.ndarray]:
+def made(rows: int = 6000, width: int = 40, dtype: Any = np.float16) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 3, rows)
     features = rng.standard_normal((rows, width)) + 1.5 * np.eye(3, width)[codes]
-    return features.astype(np.float16), codes
+    return features.astype(dtype), codes
 
 
 def objective(head: BlockLogisticRegression, features: np.ndarray, codes: np.ndarray) -> float:
@@ -132,7 +132,9 @@ LIMIT = 400_000_000  # bytes, of one worker, whose libraries take 150 MB of them
 def stored(folder: Path, features: np.ndarray, codes: np.ndarray) -> FeatureSet:
     """A store of these features, in two parts."""
     store = FeatureStore(folder)
-    space = store.open_space({"dtype": "float16", "net": "tiny", "precision": "fp32"}, backbone="tiny", notes={})
+    space = store.open_space(
+        {"dtype": str(features.dtype), "net": "tiny", "precision": "fp32"}, backbone="tiny", notes={}
+    )
     ids = [f"{number}.png" for number in range(len(codes))]
     keys = np.zeros((len(codes), 32), np.uint8)
     keys[:, :8] = np.arange(len(codes), dtype="<u8").reshape(-1, 1).view(np.uint8)
@@ -151,7 +153,9 @@ def stored(folder: Path, features: np.ndarray, codes: np.ndarray) -> FeatureSet:
 
 def test_features_of_four_times_a_workers_memory_are_learned_from(tmp_path: Path, said: list[str]) -> None:
     """The rows of a small store, taken many times over: as many passes over real parts, with a known optimum."""
-    features, codes = made(20_000, 512)
+    features, codes = made(
+        20_000, 512, np.float32
+    )  # as many bytes are half as many rows, and nothing is to be converted
     times = 4 * LIMIT // features.nbytes + 1
     once = stored(tmp_path / "store", features, codes)
     many = once.take(np.tile(np.arange(len(codes)), times))
