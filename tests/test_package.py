@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import entry_points
@@ -12,9 +13,15 @@ from pathlib import Path
 import pytest
 
 import featurepipe
+from tests.test_code_blocks import few_clothes
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+FOLDERS = ("benchmarks", "docs", "featurepipe", "pipelines", "tests", "tools")
+FILES = (
+    *("ARCHITECTURE.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"),
+    *("MANIFEST.in", "Makefile", "constraints.txt", "pyproject.toml"),
+)
 TYPED_SCRIPT = """
 from pathlib import Path
 
@@ -30,7 +37,7 @@ version: str = fp.__version__
 JOB = """
 store = "of-the-job"
 [source]
-path = "site/featurepipe/data"
+path = "data"
 [[features]]
 backbone = "lenet5"
 weights = "none"
@@ -185,43 +192,80 @@ def python_of(version: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the wheel."""
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the sdist of a checkout, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
-    shutil.copytree(ROOT / "featurepipe", source / "featurepipe", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    source.mkdir()
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "out"))
+    for name in FILES:
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(build, capture_output=True, check=True)
     return folder
 
 
 @pytest.mark.slow
+def test_the_sdist_has_the_documentation_and_all_tests(built: Path) -> None:
+    (file,) = built.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    source = built / "source"
+    kept = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    assert {"CHANGELOG.md", "CITATION.cff", "SECURITY.md", "docs/start.md", "tests/conftest.py"} <= kept
+    assert {name for name in kept - names if ".egg-info/" not in name} == set()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
-def test_the_wheel_works_outside_the_checkout(tmp_path: Path, wheel: Path, version: str) -> None:
+def test_the_installed_wheel_works_outside_the_checkout(tmp_path: Path, built: Path, version: str) -> None:
+    """In an environment of its own, which finds what it needs in another: the script that pip writes, with few images."""
     python = python_of(version)
-    (file,) = wheel.glob("*.whl")
+    (file,) = built.glob("*.whl")
     with zipfile.ZipFile(file) as archive:
         names = set(archive.namelist())
-        archive.extractall(tmp_path / "site")
     kept = {path.relative_to(ROOT).as_posix() for path in (ROOT / "featurepipe").rglob("*") if path.is_file()}
     assert {name for name in kept - names if "__pycache__" not in name} == set()
-    (tmp_path / "job.toml").write_text(JOB, encoding="utf-8")
-    place = {"cwd": tmp_path, "env": {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}, "text": True}
-    images = str(tmp_path / "site" / "featurepipe" / "data")
-    commands = [
-        ["extract", images, "--store", "kept", "--backbone", "lenet5", "--weights", "none"],
-        ["train", "kept", "--out", "bundle"],
-        ["report", "kept", "--bundle", "bundle", "--to", "page.html"],
-        ["run", "job.toml"],
+
+    subprocess.run([python, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    own = tmp_path / "env" / "bin" / "python"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(own),
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        str(file),
     ]
-    code = "import sys, featurepipe; from featurepipe.cli import main\n"
-    code += f"print(featurepipe.__file__, [main(words) for words in {commands!r}])"  # one process: each loads PyTorch for seconds
-    done = subprocess.run([python, "-c", code], **place, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    where, codes = done.stdout.splitlines()[-1].split(" ", 1)
-    assert Path(where).is_relative_to(tmp_path)
-    assert codes == "[0, 0, 0, 0]", done.stderr
-    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert (tmp_path / "nights.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    subprocess.run(install, check=True)
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    needed, site = (
+        subprocess.run([one, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
+        for one in (python, str(own))
+    )
+    (Path(site) / "needed.pth").write_text(needed, encoding="utf-8")
+    shutil.rmtree(Path(site) / "featurepipe" / "data")
+    for data in (Path(site) / "featurepipe" / "data", tmp_path / "data"):
+        few_clothes(data)
+    (tmp_path / "job.toml").write_text(JOB, encoding="utf-8")
+    environment = {"PATH": "", "HOME": str(tmp_path), "FEATUREPIPE_CACHE": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    place = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    for line in (
+        "demo --out demo",
+        "extract data --store kept --backbone lenet5 --weights none",
+        "train kept --out bundle",
+        "report kept --bundle bundle --to page.html",
+        "run job.toml",
+    ):
+        done = subprocess.run([str(own.with_name("featurepipe")), *line.split()], check=False, **place)
+        assert done.returncode == 0, (line, done.stderr)
+    found = subprocess.run([str(own), "-c", "import featurepipe; print(featurepipe.__file__)"], check=True, **place)
+    assert Path(found.stdout.strip()).is_relative_to(tmp_path)
+    assert (tmp_path / "demo" / "predictions.png").stat().st_size > 10_000
+    for page in ("page.html", "nights.html"):
+        assert (tmp_path / page).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
