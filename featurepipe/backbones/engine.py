@@ -38,7 +38,7 @@ BATCH_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 1e-3}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-PYTORCH, OPENVINO = ENGINES = ("pytorch", "openvino")
+PYTORCH, OPENVINO = ("pytorch", "openvino")
 """What runs a network."""
 
 MOST_STREAMS = 8

@@ -152,7 +152,7 @@ class Tail(TunedLayers):
         return copied.to(dtype=copied.dtype)
 
 
-FROZEN, TRAINED = STATISTICS = ("frozen", "train")
+FROZEN, TRAINED = ("frozen", "train")
 """What becomes of BatchNorm's statistics."""
 
 

@@ -121,6 +121,12 @@ _PSEUDO = (
 Limits = tuple[float, float]
 
 
+def with_limits(value: float, limits: Limits | None) -> dict[str, Any]:
+    """A measure as JSON values: ``value``, None if it is not defined, and its interval ``low``, ``high``, None if it has none."""
+    low, high = limits or (None, None)
+    return {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
+
+
 def proportion(value: float, images: float, freedom: float | None = None) -> Limits:
     """Returns the exact binomial interval of a proportion that is as certain as that of so many independent images.
 

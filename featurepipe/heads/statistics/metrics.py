@@ -94,7 +94,7 @@ def score_table(
         limits = _limits_of_groups(images, ranked, by_group, draws=bootstrap, seed=seed)
     elif bootstrap and by_group is None:
         limits = _limits(images, ranked, draws=bootstrap, seed=seed)
-    table |= {name: _with_interval(value, limits.get(name)) for name, value in values.items()}
+    table |= {name: intervals.with_limits(value, limits.get(name)) for name, value in values.items()}
     table |= {f"top_{k}": _no_top(k, len(names)) for k in top if k >= len(names)}
     if np.isnan(ranked.macro):
         table["auc"]["reason"] = f"there are images of class {names[truth[0]]} only"
@@ -228,7 +228,7 @@ def _kappa(images: _Images, groups: Groups, *, draws: int, seed: int) -> dict[st
         if draws
         else None
     )
-    found = _with_interval(value, limits)
+    found = intervals.with_limits(value, limits)
     if np.isnan(value):
         return found | {"reason": "one and the same class is true and predicted throughout"}
     return found | ({"reason": "no interval: there are too few images, or groups"} if draws and limits is None else {})
@@ -272,11 +272,6 @@ def _mean_defined(part: Codes, whole: Codes) -> float:
     """The mean of ``part / whole`` over the classes where ``whole`` is not zero."""
     defined = whole > 0
     return float((part[defined] / whole[defined]).mean())
-
-
-def _with_interval(value: float, limits: intervals.Limits | None) -> dict[str, Any]:
-    low, high = limits or (None, None)
-    return {"value": None if np.isnan(value) else value, "low": low, "high": high}
 
 
 def _no_top(k: int, classes: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from scipy.special import expit, logit, stdtrit
 
 from featurepipe.display import first_names, table
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion, units_of
+from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion, units_of, with_limits
 
 _LEAST_SIDE = 5  # images of each side below which resampling says nothing of a label
 _MOST_UNITS = 20_000  # images or groups that are resampled; of more, the spread is that of a sample, scaled
@@ -104,7 +104,7 @@ def label_table(
         "known": int(known.sum()),
     }
     for name in (*OVERALL, "micro_f1"):
-        found[name] = _entry(values[name], drawn.get(name))
+        found[name] = with_limits(values[name], drawn.get(name))
         if np.isnan(values[name]):
             found[name]["reason"] = "no label has known images of both sides"
         elif bootstrap and name not in drawn:
@@ -486,17 +486,12 @@ def _of_label(
     for measure in PER_LABEL:
         value = float(values[f"label_{measure}"][k])
         limits = drawn[f"label_{measure}"][k] if f"label_{measure}" in drawn else (np.nan, np.nan)
-        entry[measure] = _entry(value, None if np.isnan(limits[0]) else (float(limits[0]), float(limits[1])))
+        entry[measure] = with_limits(value, None if np.isnan(limits[0]) else (float(limits[0]), float(limits[1])))
         if np.isnan(value):
             entry[measure]["reason"] = f"no known {'positive' if not positive else 'negative'} image"
         elif bootstrap and entry[measure]["low"] is None:
             entry[measure]["reason"] = f"no interval: fewer than {_LEAST_SIDE} images of a side"
     return entry
-
-
-def _entry(value: float, limits: Limits | None) -> dict[str, Any]:
-    low, high = limits or (None, None)
-    return {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
 
 
 def _thresholds(given: float | npt.ArrayLike, labels: int) -> Floats:

@@ -12,7 +12,7 @@ from scipy.special import ndtr, stdtrit
 
 from featurepipe.display import table
 from featurepipe.errors import UsageError
-from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion, units_of
+from featurepipe.heads.statistics.intervals import LEVEL, Limits, proportion, units_of, with_limits
 
 _MOST_UNITS = 20_000  # images or groups that are resampled; of more, the spread is that of a sample, scaled
 _LEAST_UNITS = 5  # images or groups below which resampling says nothing
@@ -79,7 +79,7 @@ def number_table(
     values = {name: measure(np.ones(len(numbers))) for name, measure in _measures(guesses, numbers).items()}
     limits = _limits(guesses, numbers, units, values, draws=bootstrap, seed=seed) if bootstrap else {}
     found: dict[str, Any] = {"images": len(numbers), "groups": None if groups is None else int(units.max()) + 1}
-    found |= {name: _entry(value, limits.get(name)) for name, value in values.items()}
+    found |= {name: with_limits(value, limits.get(name)) for name, value in values.items()}
     for name in ("r2", "spearman", "quadratic_kappa"):
         if name in found and found[name]["value"] is None:
             found[name]["reason"] = f"all true {'' if _constant(numbers) else 'or all predicted '}numbers are the same"
@@ -89,7 +89,9 @@ def number_table(
             found[name].setdefault("reason", few)
     if half_width is not None:
         inside = np.abs(guesses - numbers) <= half_width * (1 + 1e-9)
-        found["coverage"] = _entry(float(inside.mean()), _clustered_proportion(inside, units) if bootstrap else None)
+        found["coverage"] = with_limits(
+            float(inside.mean()), _clustered_proportion(inside, units) if bootstrap else None
+        )
     found["target"] = {
         "mean": float(numbers.mean()),
         "deviation": float(numbers.std()),
@@ -320,11 +322,6 @@ def _checked(predicted: npt.ArrayLike, truth: npt.ArrayLike) -> tuple[Floats, Fl
         if len(bad):
             raise UsageError(f"{len(bad)} {what} are not finite, the first is row {bad[0]}: leave these images out")
     return guesses, numbers
-
-
-def _entry(value: float, limits: Limits | None) -> dict[str, Any]:
-    low, high = limits or (None, None)
-    return {"value": None if np.isnan(value) else value, "low": low, "high": high}
 
 
 def _mistakes(guesses: Floats, truth: Floats, ids: Any, most: int) -> list[dict[str, Any]]:
