@@ -57,8 +57,11 @@ WORDS = (
 
 def found(text: str) -> Iterator[tuple[int, str, Word]]:
     """Lines of a text that have one of `WORDS` where it is not right: their number, what was found, and the word."""
-    for number, line in enumerate(text.splitlines(), 1):
-        for word in WORDS:
+    words = [
+        word for word in WORDS if re.search(word.pattern, text)
+    ]  # most texts have none, and are looked through once
+    for number, line in enumerate(text.splitlines() if words else (), 1):
+        for word in words:
             match = re.search(word.pattern, line)
             if match and not (word.right and re.search(word.right, line)):
                 yield number, match[0], word
