@@ -364,6 +364,45 @@ def test_the_time_left_is_right_within_a_factor_of_one_and_a_half():
         assert left / 1.5 <= int(minutes) * 60 + int(seconds) <= left * 1.5, second
 
 
+UNEVEN = {
+    "sizes mixed": [
+        (0.36, 16), (0.73, 32), (1.05, 48), (1.4, 64), (1.7, 80), (2.07, 96), (2.36, 112), (2.72, 128), (3.03, 144),
+        (3.33, 160), (3.63, 176), (3.92, 192), (4.29, 208), (4.61, 224), (4.93, 240), (5.29, 256), (5.59, 272), (5.9, 288),
+        (6.61, 304), (6.93, 320), (7.24, 336), (7.56, 352), (7.86, 368), (8.17, 384), (8.57, 400),
+    ],
+    "small ones first": [
+        (0.37, 16), (0.85, 32), (1.27, 48), (1.52, 64), (1.89, 80), (2.28, 96), (2.7, 112), (3.04, 128), (3.48, 144),
+        (3.93, 160), (4.39, 176), (4.79, 192), (5.15, 208), (5.63, 224), (5.99, 240), (6.36, 256), (6.77, 272), (7.24, 288),
+        (7.63, 304), (8.12, 320), (8.44, 336), (8.85, 352), (9.26, 368), (9.64, 384), (10.07, 400),
+    ],
+    "a pause of 2.5 s": [
+        (0.42, 16), (0.83, 32), (1.23, 48), (1.64, 64), (2.04, 80), (2.42, 96), (2.81, 112), (3.21, 128), (3.63, 144),
+        (6.52, 160), (6.91, 176), (7.29, 192), (7.75, 208), (8.14, 224), (8.5, 240), (8.96, 256), (9.35, 272), (9.72, 288),
+        (10.11, 304), (10.48, 320), (11.23, 336), (11.79, 352), (12.28, 368), (12.77, 384), (13.15, 400),
+    ],
+}  # fmt: skip
+"""The same of 400 noisy JPEGs: of 60, 400 and 1,600 pixels; 200 of 60, then 200 of 900; as the first, stopped after 3.6 s."""
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_the_time_left_of_uneven_extractions_is_right_within_a_factor_of_one_and_a_half(name):
+    """Within one second of rounding more. What nobody can foresee, a pause, counts from when it is over."""
+    from featurepipe.progress import Lines
+
+    now, out, done, told = [0.0], io.StringIO(), 0, []
+    lines = Lines(400, "extract", out, every=0.9, clock=lambda: now[0])
+    for second, images in UNEVEN[name]:
+        now[0] = second
+        lines.advance(images - done)
+        done, before = images, len(told)
+        told += re.findall(r"(\d+):(\d\d) left", out.getvalue())[before:]
+        if len(told) == before or (name == "a pause of 2.5 s" and second < 6.52):
+            continue
+        left, foretold = UNEVEN[name][-1][0] - second, int(told[-1][0]) * 60 + int(told[-1][1])
+        assert left / 1.5 - 1 <= foretold <= left * 1.5 + 1, second
+    assert len(told) >= 7
+
+
 FITS = {
     "ridge": (2.697, 0.320, 0.126, 1.080),
     "logistic": (0.597, 1.439, 0.615, 6.783),
