@@ -315,7 +315,8 @@ class PrecisionChoice:
         else:
             verdict = f"not kept, the bound is {DEMANDED_COSINE}; fp32 instead"
         worst, images = _digits(self.worst_cosine), counted(self.images, "image")
-        return f"{self.tried} agrees with fp32 to a worst cosine of {worst} over {images}: {verdict}"
+        agrees = "disagrees with fp32, with" if self.worst_cosine < DEMANDED_COSINE else "agrees with fp32 to"
+        return f"{self.tried} {agrees} a worst cosine of {worst} over {images}: {verdict}"
 
 
 def _digits(cosine: float) -> str:

@@ -590,6 +590,8 @@ def outliers_text(found: Mapping[str, Any]) -> str:
         ]
         for one in found["outliers"]
     ]
+    if rows and not found["count"]:
+        lines.append("none is an outlier; these lie farthest:")
     lines += ["", table(["id", "label", "distance", "times the usual", "IQR above", "outlier"], rows)]
     if found["images"] > found["count"]:
         lines.append(_rule(found["by"], found["since"]))

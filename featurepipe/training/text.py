@@ -174,16 +174,20 @@ def calibration_lines(found: Mapping[str, Any] | None) -> list[str]:
     """What calibration did to classes, and why an error that rose is no mistake; ``found`` is None without it."""
     if found is None:
         return ["not calibrated"]
-    errors = f"{found['ece_before']:.4f} before, {found['ece_after']:.4f} after"
-    line = (
-        f"temperature {found['temperature']:.3g} from {found['rows']:,} unseen images; calibration error there {errors}"
-    )
+    before, after = f"{found['ece_before']:.4f}", f"{found['ece_after']:.4f}"
+    errors = f"{before} before, {after} after" if found["temperature"] != 1 else before
+    line = f"temperature {found['temperature']:.3g} from {found['rows']:,} validation images; calibration error there {errors}"
     if "test_ece_before" in found:
-        line += f"; on the test images {found['test_ece_before']:.4f} before, {found['test_ece_after']:.4f} after"
+        before, after = f"{found['test_ece_before']:.4f}", f"{found['test_ece_after']:.4f}"
+        line += (
+            f"; on the test images {before} before, {after} after"
+            if found["temperature"] != 1
+            else f", on the test images {before}"
+        )
     rose = [where for where in ("ece", "test_ece") if found.get(f"{where}_after", 0) > found.get(f"{where}_before", 0)]
     if not rose:
         return [line]
-    why = "the temperature minimises the log-loss of the unseen images, and the calibration error of few images says little"
+    why = "the temperature minimises the log-loss of the validation images, and the calibration error of few images says little"
     return [line, f"that error may rise, as here: {why}"]
 
 

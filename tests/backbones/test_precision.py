@@ -19,7 +19,11 @@ from featurepipe.backbones.engine import ENOUGH_IMAGES, PrecisionChoice, choose_
     ],
 )
 def test_the_reason_shows_on_which_side_of_the_bound_a_cosine_is(precision, cosine, says):
-    assert says in PrecisionChoice(precision, "bf16", cosine, 128).reason
+    reason = PrecisionChoice(precision, "bf16", cosine, 128).reason
+    assert says in reason
+    assert reason.startswith(
+        "bf16 agrees with fp32 to a " if precision == "bf16" else "bf16 disagrees with fp32, with a "
+    )
 
 
 def test_the_reason_tells_too_little_evidence_from_a_bad_agreement():

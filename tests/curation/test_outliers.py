@@ -88,6 +88,8 @@ def test_what_was_planted_comes_first(planted, tmp_path):
     assert table["rank"].to_pylist() == list(range(1, 93))
     assert table["id"].to_pylist()[:2] == [one["id"] for one in found["outliers"][:2]]
     assert "3 outliers of 92 images" in outliers_text(found)
+    assert "none is an outlier; these lie farthest:" in outliers_text({**found, "count": 0})
+    assert "none is an outlier" not in outliers_text(found)
     json.dumps(found, allow_nan=False)
     by_class = outliers(planted.store, by="class", neighbours=3, limit=3, silent=True)
     assert {one["id"] for one in by_class["outliers"]} == {"3.png", "7.png", "far.png"}

@@ -85,6 +85,16 @@ def test_a_calibration_error_that_rises_is_explained_and_no_other():
     found = {"temperature": 0.808, "rows": 33, "ece_before": 0.0932, "ece_after": 0.1734}
     assert calibration_lines(None) == ["not calibrated"]
     assert len(calibration_lines({**found, "ece_before": 0.2})) == 1
+    kept = {
+        "temperature": 1,
+        "rows": 40,
+        "ece_before": 0.1184,
+        "ece_after": 0.1184,
+        "test_ece_before": 0.1,
+        "test_ece_after": 0.1,
+    }
+    said = "temperature 1 from 40 validation images; calibration error there 0.1184, on the test images 0.1000"
+    assert calibration_lines(kept) == [said]
     line, why = calibration_lines({**found, "test_ece_before": 0.1644, "test_ece_after": 0.1149})
     assert line.endswith("there 0.0932 before, 0.1734 after; on the test images 0.1644 before, 0.1149 after")
     assert "temperature minimises the log-loss" in why
