@@ -102,7 +102,10 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
         found["warnings"] = [warning.spelled(keys_of("extract")) for warning in found["warnings"]]
         estimates.append({"backbone": features.backbone, "nodes": list(features.nodes), **found})
     seconds = [found["seconds"] for found in estimates]
-    steps = [(step, *(forgetting if step.step == "forget" else outlook(step.table, job))) for step in steps_of(job)]
+    comes = any(found["new"] for found in estimates)
+    steps = [
+        (step, *(forgetting if step.step == "forget" else outlook(step.table, job, comes))) for step in steps_of(job)
+    ]
     return {
         "dry_run": True,
         "job": job.name,
@@ -121,13 +124,19 @@ def plan_job(job: Job, file: Path, cluster: Any, *, retry_rejects: bool, silent:
     }
 
 
-def outlook(table: BaseTable, job: Job) -> tuple[bool | None, str]:
-    """Whether a step of a job would run, None where that depends on the night; and what it would do, if that were now."""
+def outlook(table: BaseTable, job: Job, comes: bool) -> tuple[bool | None, str]:
+    """Whether a step of a job would run, None where that depends on the night; and what it would do, if that were now.
+
+    Args:
+        table: The step's table.
+        job: Its job.
+        comes: Whether the source has new images.
+    """
     match table:
         case TrainTable() | FinetuneTable():
             return _of_training(table)
         case PredictTable() | ExportTable() | QuestionTable():
-            return _of_file(table, job)
+            return _of_file(table, job, comes)
         case DriftTable():
             reference = "those of nights before" if table.reference == "previous" else f"snapshot {table.reference}"
             return None, f"compares this run's new images with {reference}"
@@ -137,13 +146,13 @@ def outlook(table: BaseTable, job: Job) -> tuple[bool | None, str]:
             return True, _upkeep(table, job)
 
 
-def _of_file(table: PredictTable | ExportTable | QuestionTable, job: Job) -> tuple[bool | None, str]:
+def _of_file(table: PredictTable | ExportTable | QuestionTable, job: Job, comes: bool) -> tuple[bool | None, str]:
     """The same of a step whose answer is a file."""
     into = f"into {job.named(place_of(table, datetime.now(UTC), run='RUN-ID', job=job.name))}"
     if isinstance(table, QuestionTable):
         return None if is_of_new(table) else True, f"asks of this run's features, {into}"
     does = "predicts" if isinstance(table, PredictTable) else "hands on"
-    return None if table.images == "new" else True, f"{does} {table.images} images, {into}"
+    return comes or table.images != "new" or None, f"{does} {table.images} images, {into}"
 
 
 def _upkeep(table: BaseTable, job: Job) -> str:

@@ -47,7 +47,7 @@ def test_before_the_first_night(pile):
     assert [(step["step"], step["name"], step["runs"], step["why"]) for step in plan["steps"]] == [
         ("train", "a", True, "there is no bundle yet"),
         ("train", "b", True, "always"),
-        ("predict", "a", None, "predicts new images, into predictions/nightly-RUN-ID.parquet"),
+        ("predict", "a", True, "predicts new images, into predictions/nightly-RUN-ID.parquet"),
         ("drift", "", None, "compares this run's new images with those of nights before"),
         ("depth", "", None, "if images changed since the last comparison"),
         ("compact", "", True, "always"),
@@ -72,6 +72,10 @@ def test_after_a_night(pile):
     assert (train["runs"], train["why"]) == (
         None, "if images, labels or settings are not those that the bundle was trained with",
     )  # fmt: skip
+    assert [step["runs"] for step in plan["steps"] if step["step"] == "predict"] == [True]
+    pile.run()
+    again = pile.run(dry_run=True)
+    assert [step["runs"] for step in again["steps"] if step["step"] == "predict"] == [None]
 
 
 def test_a_cluster_is_named_and_not_asked(pile):

@@ -115,7 +115,7 @@ def test_sigmoids_and_thresholds_are_from_validation_rows(found, run, tmp_path):
     val = features.splits == "val"
     known = ~np.isnan(values[val])
     assert np.mean(probabilities[val][known]) == pytest.approx(np.mean(values[val][known]), abs=0.05)
-    assert "a probability and a threshold (largest F1) for each label from 60 unseen images" in bundle_text(bundle)
+    assert "a probability and a threshold (largest F1) for each label from 60 validation images" in bundle_text(bundle)
     run(zoo, labels=table, calibration=False)
     plain = read_bundle(tmp_path / "bundle")
     assert plain.target["calibration"] is None
@@ -214,7 +214,7 @@ def test_each_labels_threshold_is_the_highest_that_reaches_the_recall_on_validat
     assert [one["threshold"] for one in measured["metrics"]["per_label"]] == kept["thresholds"]
     what = "a probability and a threshold" if calibration else "a threshold"
     for said in (train_text(record), bundle_text(bundle), evaluation_text(measured)):
-        assert f"{what} (recall=0.9) for each label from 60 unseen images" in said
+        assert f"{what} (recall=0.9) for each label from 60 validation images" in said
     assert "false alarms" in train_text(record)
     json.dumps(record, allow_nan=False)
 

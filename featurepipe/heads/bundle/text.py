@@ -100,7 +100,7 @@ def labels_calibration_text(calibration: Mapping[str, Any] | None) -> str:
     few, unreached = calibration.get("few", ()), calibration.get("unreached", ())
     more = f"; of {_names(few)} the threshold is a probability of 0.5, for lack of such images" if few else ""
     more += f"; WARNING: not reached for {_names(unreached)}" if unreached else ""
-    return f"{what} ({rule}) for each label from {calibration['images']:,} unseen images{but}{more}"
+    return f"{what} ({rule}) for each label from {calibration['images']:,} validation images{but}{more}"
 
 
 def label_thresholds_text(calibration: Mapping[str, Any]) -> str:
@@ -153,7 +153,7 @@ def interval_text(interval: Mapping[str, Any]) -> str:
     again = ", which the head was fitted on afterwards" if about else ""
     return (
         f"{about}{100 * interval['level']:g} % of new numbers are within {interval['half_width']:.4g} of the prediction "
-        f"(from {interval['images']:,} unseen images{again})"
+        f"(from {interval['images']:,} validation images{again})"
     )
 
 
