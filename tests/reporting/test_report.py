@@ -271,8 +271,9 @@ def test_everything_from_the_document_is_escaped(document, tmp_path, plain_tags,
     labels = [text if label == "Shirt" else label for label in labels]
     html = page_of(changed, tmp_path, images=read_image, features=Features(ids, values, labels))
     page = parsed(html)
-    plain_tags[:] = plain_tags or [tag for tag, _ in page.elements]
-    assert [tag for tag, _ in page.elements] == plain_tags  # no element more or less
+    tags = [tag for tag, _ in page.elements if tag != "wbr"]  # ids may break behind a slash
+    plain_tags[:] = plain_tags or tags
+    assert tags == plain_tags  # no element more or less
     assert len(page.all("script")) == 4 + 1  # the library (two), the plots, ours, and the colours
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert any(text in heading for heading in page.texts["h1"])
