@@ -201,9 +201,9 @@ class SimilarImages:
     A kept index (``index="always"`` makes one) is read once, not for each query. If the dataset gets another snapshot, the next
     query is of that one.
 
-    Of 1,000,000 images of 1,280 float16 values (`benchmarks/bench_similar.py`; two cores with much other work): the first
-    query of a process takes 3.1 s, others 30 ms, with 0.9 GB at most and a recall of 0.988. Without an index each takes 10 s, and
-    0.4 GB; by a flat index of faiss alone, which finds all, 0.4 s after the first of 5.4 s, and 2.7 GB.
+    Of 1,000,000 images of 1,280 float16 values (`benchmarks/bench_similar.py`; two cores with little other work): the first
+    query of a process takes 1.3 s, others 10 ms, with 0.9 GB at most and a recall of 0.988. Without an index each takes 4.6 s,
+    and 0.4 GB; by a flat index of faiss alone, which finds all, 0.12 s after the first of 2.3 s, and 2.7 GB.
 
     Args:
         store: The feature store or its path.
