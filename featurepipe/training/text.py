@@ -174,16 +174,16 @@ def calibration_lines(found: Mapping[str, Any] | None) -> list[str]:
     """What calibration did to classes, and why an error that rose is no mistake; ``found`` is None without it."""
     if found is None:
         return ["not calibrated"]
-    before, after = f"{found['ece_before']:.4f}", f"{found['ece_after']:.4f}"
-    errors = f"{before} before, {after} after" if found["temperature"] != 1 else before
-    line = f"temperature {found['temperature']:.3g} from {found['rows']:,} validation images; calibration error there {errors}"
+    is_kept = found["temperature"] == 1
+
+    def error(name: str) -> str:
+        before, after = f"{found[f'{name}_before']:.4f}", f"{found[f'{name}_after']:.4f}"
+        return before if is_kept else f"{before} before, {after} after"
+
+    line = f"temperature {found['temperature']:.3g} from {found['rows']:,} validation images"
+    line += f"; calibration error there {error('ece')}"
     if "test_ece_before" in found:
-        before, after = f"{found['test_ece_before']:.4f}", f"{found['test_ece_after']:.4f}"
-        line += (
-            f"; on the test images {before} before, {after} after"
-            if found["temperature"] != 1
-            else f", on the test images {before}"
-        )
+        line += f"{',' if is_kept else ';'} on the test images {error('test_ece')}"
     rose = [where for where in ("ece", "test_ece") if found.get(f"{where}_after", 0) > found.get(f"{where}_before", 0)]
     if not rose:
         return [line]
