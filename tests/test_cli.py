@@ -142,7 +142,9 @@ def test_extract_says_what_it_did(cli, images, tmp_path):
     assert "digits: 6 images listed, 6 computed, 0 known, 0 rejected" in finished.out
     assert re.search(r"c3:gap computed for 6; bottleneck \(f6.1:gap\) computed for 6", finished.out)
     assert re.search(r"done in [\d.]+ s, too short", finished.out)
-    assert "starting a new feature space" in finished.err
+    assert re.search(
+        r"^new feature space lenet5-\w+: precision fp32, dtype float16, decode cpu", finished.err, re.MULTILINE
+    )
     again = cli("extract", images, "--store", store, *SMALL, "--node", "c3", "--quiet")
     assert (again.code, again.err) == (0, "")
     assert "6 images listed, 0 computed, 6 known, 0 rejected" in again.out

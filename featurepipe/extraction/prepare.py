@@ -30,7 +30,7 @@ from featurepipe.features.session import (
     measure_precision,
     settle_machine_for,
 )
-from featurepipe.features.settings import AS_IN_STORE, SETTINGS, Held, MeasurePrecision, Settings, resolve
+from featurepipe.features.settings import AS_IN_STORE, ASKED_FOR, SETTINGS, Held, MeasurePrecision, Settings, resolve
 from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
 from featurepipe.images.listing import SCHEMA, UNKNOWN, ListingSummary, is_image_name, is_told, unreadable_folders
@@ -270,18 +270,14 @@ def prepare(
             fields, backbone=backbone.name, notes=space_notes(backbone, settings) if why_new else {}
         )
         _note_map_shapes(space, backbone, columns)
-    if why_new:
-        say(why_new)
-    if backbone.weights_note:
-        say(f"weights {backbone.weights}: {backbone.weights_note}")
-    for setting, value in settings.values().items():
-        tell = _logger.debug if settings.why[setting] == AS_IN_STORE else say
-        tell(f"{setting} {value}: {settings.why[setting]}")
+    _tell_settings(backbone, settings, why_new, differences(spaces[0].fields, fields) if spaces else [], say)
 
     missing = MissingColumns(space, columns, options)
     plan = _plan(listing, name, space, missing, history, source.location, say)
     _explain(source, session, listing, plan, history)
     session = _with_engine(session, executor, len(plan.todo), space, say, keep=store is not None and not dry_run)
+    if why_new:
+        say(f"new feature space{f' {space.name}' if space else ''}: {_values(session)}")
     return ExtractionSpec(
         session=session,
         source=source,
@@ -298,6 +294,26 @@ def prepare(
         listing=summary,
         clock=clock,
     )
+
+
+def _tell_settings(
+    backbone: Backbone, settings: Settings, why_new: str | None, changed: Sequence[str], say: Callable[[str], None]
+) -> None:
+    """Says what is lost or guessed: stored features that cannot be reused, tensors; and logs why settings have their values."""
+    if backbone.weights_note:
+        say(f"weights {backbone.weights}: {backbone.weights_note}")
+    for setting, value in settings.values().items():
+        unasked = settings.why[setting] != ASKED_FOR and {setting, f"decoding.{setting}"} & set(changed)
+        tell = say if (why_new and unasked) or setting in settings.costly else _logger.debug
+        tell(f"{setting} {value}: {settings.why[setting]}")
+    if why_new:
+        (say if changed else _logger.debug)(why_new)
+
+
+def _values(session: Session) -> str:
+    """What was chosen, without reasons."""
+    machine = {"engine": session.runtime()["engine"], "device": session.machine.device}
+    return ", ".join(f"{name} {value}" for name, value in {**session.settled.values(), **machine}.items())
 
 
 def _explain(source: Source, session: Session, listing: pa.Table, plan: Plan, history: History) -> None:
@@ -325,14 +341,10 @@ def _with_engine(
     if images and session.machine.engine == OPENVINO and executor.is_local:
         session.engine(session.columns)  # converted now, so that what comes of it can be said
         runtime = session.runtime()
-        why = (
-            "asked for"
-            if asked
-            else "as in the store"
-            if held == OPENVINO
-            else f"{images:,} images are worth converting it"
-        )
-        say(f"engine {runtime['engine']} {runtime['version']}: {runtime.get('reason') or why}")
+        why = ASKED_FOR if asked else AS_IN_STORE if held == OPENVINO else f"{images:,} images are worth converting it"
+        other = space is not None and space.columns() and held != session.machine.engine
+        tell = say if other or "reason" in runtime else _logger.debug  # other than before, or than what was wanted
+        tell(f"engine {runtime['engine']} {runtime['version']}: {runtime.get('reason') or why}")
     if keep and images and space is not None and session.machine.engine != held:
         space.update_notes({"engine": session.machine.engine})
     return session

@@ -24,6 +24,7 @@ decoded; returns the precision to take, and why."""
 
 AS_IN_STORE = "as in the store"
 """Why a setting is what the store's features have."""
+ASKED_FOR = "asked for"
 _DEFAULTS = {
     "dtype": ("float16", "default: half the bytes, relative error below 0.001 or else float32"),
     "decode": ("cpu", "default: the same pixels on every machine"),
@@ -53,6 +54,7 @@ class Settings:
 
     Attributes:
         mirrored: Whether images are mirrored left to right before all else; a field of the feature space only where they are.
+        costly: Which of them were not asked for and leave something out that the user may want: their reasons are said unasked.
     """
 
     precision: str
@@ -61,6 +63,7 @@ class Settings:
     intensity: str
     why: Mapping[str, str]
     mirrored: bool = False
+    costly: frozenset[str] = frozenset()
 
     @classmethod
     def of_space(cls, fields: Mapping[str, Any], why: str) -> Self:
@@ -134,16 +137,19 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
     agreeing = [space for space in held if explicit.items() <= _values(space.fields).items()]
     followed = next(iter(agreeing or held), None)
     values, why = {name: value for name, (value, _) in _DEFAULTS.items()}, {n: why for n, (_, why) in _DEFAULTS.items()}
+    costly: set[str] = set()
     if followed is not None:
         values, why = _values(followed.fields), dict.fromkeys(SETTINGS, AS_IN_STORE)
         if values["intensity"] == str(HIGH_BYTE):
             why["intensity"] = _AS_VERSION_1
+            costly.add("intensity")
     if scaled:
+        costly.add("decode")
         why["decode"] = (
             f"{why['decode']}; {', '.join(sorted(scaled))}, which the store has too, is only used where asked for"
         )
     values.update(explicit)
-    why.update({name: getattr(asked[name], "why", "asked for") for name in explicit})
+    why.update({name: getattr(asked[name], "why", ASKED_FOR) for name in explicit})
     values["intensity"] = str(parse_intensity(values["intensity"]))
     if "precision" not in values:
         values["precision"], why["precision"] = measure_precision(None, values["intensity"])
@@ -156,6 +162,7 @@ def resolve(asked: Mapping[str, str], held: Sequence[Held], measure_precision: M
         values["decode"],
         values["intensity"],
         {name: why[name] for name in SETTINGS},
+        costly=frozenset(costly - explicit.keys()),
     )
 
 

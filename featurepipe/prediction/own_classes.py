@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ from featurepipe.images import Source
 from featurepipe.prediction.options import BundleOptions, PredictOptions
 from featurepipe.prediction.shards import Prediction
 from featurepipe.store import FeatureStore, fingerprint
+
+_logger = logging.getLogger(__name__)
 
 TOP = 5
 """Classes of each image that are written by default."""
@@ -128,7 +131,8 @@ class OwnClassifier:
         asked = Options(backbone=self.backbone.name, weights=self.backbone.weights, workers=options.workers)
         session = Session.of(self.backbone, (self.column,), machine, asked)
         settings = resolve(dict.fromkeys(SETTINGS, AUTO), (), precision_on(executor, session, source, listing))
-        say(f"precision {settings.precision}: {settings.why['precision']}")
+        say(f"precision {settings.precision}")
+        _logger.debug("precision %s: %s", settings.precision, settings.why["precision"])
         fields = {**self.backbone.identity(), **settings.fields(), "numerics": NUMERICS}
         return Prediction.of(executor, self.bundle(fields), BundleOptions.of(options), loaded=self.backbone)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import pickle
 import re
 
@@ -222,13 +223,44 @@ def test_a_dataset_goes_on_in_the_space_it_used_last(album, run, measured):
     assert measured.calls == 0
 
 
-def test_what_was_decided_is_said(album, run, capsys):
-    run(album.root, silent=False)
+def test_what_was_decided_is_said_in_one_line_and_why_only_where_asked(album, run, capsys, caplog):
+    caplog.set_level(logging.DEBUG, "featurepipe")
+    record = run(album.root, silent=False)
     said = capsys.readouterr()
     assert said.out == ""
-    assert "starting a new feature space: the store holds none for lenet5" in said.err
-    assert "precision fp32: asked for" in said.err
-    assert re.search(r"dtype float16: default", said.err)
+    listed, values = said.err.splitlines()[:2]
+    assert listed.endswith(": 3 images, no labels, no splits")
+    assert values == (
+        f"new feature space {record['space']}: precision fp32, dtype float16, decode cpu, intensity declared, engine "
+        "pytorch, device cpu"
+    )
+    for reason in (
+        "precision fp32: asked for",
+        "dtype float16: default: half the bytes",
+        "store holds none for lenet5",
+    ):
+        assert reason in caplog.text
+        assert reason not in said.err
+    assert record["settings"]["dtype"] == {"value": "float16", "why": auto._DEFAULTS["dtype"][1]}
+    caplog.clear()
+    album.fill(1, first=3)
+    run(album.root, silent=False)
+    assert "feature space" not in (again := capsys.readouterr().err)
+    assert "dtype float16" not in again
+    assert "dtype float16: as in the store" in caplog.text
+
+
+def test_a_setting_that_nobody_asked_for_and_that_costs_features_says_why_unasked(album, run, measured, capsys):
+    """The store's bf16 misses the bound for a new column, so that nothing there can be reused."""
+    (old,) = (run(album.root, precision="bf16")["space"],)
+    capsys.readouterr()
+    measured.precision = "fp32"
+    record = run(album.root, nodes=["c3"], precision="auto", silent=False)
+    said = capsys.readouterr().err
+    assert record["settings"]["precision"]["value"] == "fp32"
+    assert f"precision fp32: {record['settings']['precision']['why']}" in said
+    assert f"precision differs from {old}, so no feature there can be reused" in said
+    assert "dtype float16: " not in said
 
 
 def test_auto_takes_fp32_where_reduced_precision_disagrees(album, run, network, monkeypatch):
@@ -307,6 +339,7 @@ def test_scaled_decoding_is_followed_only_where_it_is_asked_for():
     alone = resolved(held[:1])
     assert (alone.decode, alone.precision) == ("cpu", "bf16")
     assert alone.why["decode"].endswith("; scaled=2, which the store has too, is only used where asked for")
+    assert found.costly == alone.costly == {"decode"}  # said unasked
     for text in ("scaled", "scaled=2.00"):
         assert resolved(held, decode=text).fields() == scaled
         assert resolved(held, decode=text).why["decode"] == "asked for"
