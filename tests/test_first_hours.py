@@ -4,6 +4,8 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,9 +15,11 @@ from PIL import Image
 import featurepipe
 from featurepipe.backbones import loading
 from featurepipe.backbones.loading import DEFAULT, SMALL, default_backbone
+from featurepipe.cli.output import start_up
 from featurepipe.extraction.text import next_command
 from featurepipe.images.listing import SCHEMA, ListingSummary
 from featurepipe.store import FeatureStore
+from featurepipe.training.text import _in_all
 
 LENET = ("--backbone", "lenet5", "--weights", "none")
 
@@ -151,3 +155,12 @@ def test_the_shell_completes_commands_and_options(tmp_path, line, expected):
     }
     subprocess.run([sys.executable, "-m", "featurepipe"], env={**os.environ, **asked}, check=False, capture_output=True)
     assert answer.read_text(encoding="utf-8").strip() == expected
+
+
+def test_the_seconds_of_a_command_count_the_loading_of_libraries():
+    found = {"seconds": 0.5}
+    began = time.perf_counter() - 4.5
+    loading = start_up(Namespace(began=began), found)
+    assert 4.0 <= loading < 4.4
+    assert start_up(Namespace(began=time.perf_counter()), found) == 0.0  # a clock of its own may be ahead
+    assert _in_all(found, 4.0) == "4.5 s in all, 4.0 s of it for loading libraries"

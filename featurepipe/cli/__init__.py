@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -34,13 +35,14 @@ __all__ = ["build_parser", "main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: errors become words and a code."""
+    began = time.perf_counter()
     open_standard_streams()
     if "_ARGCOMPLETE" in os.environ:  # set by the shell when somebody presses the tab key
         _complete()
     args = parse(sys.argv[1:] if argv is None else argv)
     if args is None:
         return 2
-    args.stdout = sys.stdout
+    args.stdout, args.began = sys.stdout, began
     with _rare_collections():
         return _guarded(args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from functools import partial
 
 from featurepipe.cli.options import (
     InPlaceOfBundle,
@@ -18,7 +19,7 @@ from featurepipe.cli.options import (
     existing_store,
     options,
 )
-from featurepipe.cli.output import show
+from featurepipe.cli.output import show, start_up
 from featurepipe.evaluation.options import EvaluateOptions
 from featurepipe.extraction.limits import EXTRACTION_GROUPS, RejectLimit
 from featurepipe.features.options import SourceOptions
@@ -64,7 +65,7 @@ def run_train(args: Namespace) -> int:
         silent=args.quiet,
         **cluster(args),
     )
-    show(args, result, cost_text if args.dry_run else train_text)
+    show(args, result, cost_text if args.dry_run else partial(train_text, start_up=start_up(args, result)))
     return 0
 
 
@@ -112,7 +113,7 @@ def run_finetune(args: Namespace) -> int:
         **cluster(args),
     )
     if processes()[0] == 0:  # of those that torchrun starts, the first speaks
-        show(args, result, dry_text if args.dry_run else finetune_text)
+        show(args, result, dry_text if args.dry_run else partial(finetune_text, start_up=start_up(args, result)))
     return 0
 
 

@@ -9,10 +9,11 @@ import os
 import shlex
 import sys
 import threading
+import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -162,6 +163,12 @@ def show(args: Namespace, value: Any, text: Callable[[Any], str]) -> None:
         _print(args, json.dumps(value, indent=2))  # ASCII only, which every terminal and pipe can take
     else:
         _print(args, displayed_lines(text(displayed_values(value))))
+
+
+def start_up(args: Namespace, result: Mapping[str, Any]) -> float:
+    """Seconds of this command that its result does not count: those in which Python and the libraries were loaded."""
+    began: float = args.began
+    return max(time.perf_counter() - began - float(result["seconds"]), 0.0)
 
 
 def say(args: Namespace, line: str) -> None:

@@ -60,14 +60,15 @@ def ending(night: Night, took: str = "") -> str:
     if status in _UNKNOWN:
         return f"is {_UNKNOWN[status]}" if status == RUNNING else f"was {_UNKNOWN[status]}"
     words = {
-        "done": "went well" if later else "ended well",
+        "done": "was going well" if later else "ended well",
         "out of time": "ended when its time was over; the next one goes on",
     }
     ended = words.get(status, f"ended {status} (exit code {code})" if code is not None else f"ended {status}")
-    time = f" {'for' if later and status == 'done' else 'after'} {took}" if took else ""
+    time = f" after {took}" if took else ""
     with_warnings = f", with{_counted(night.get('warnings') or ())[1:]}" if night.get("warnings") else ""
-    without = f"; its {' and '.join(later)} came after that and {_be(later)} not on this page" if later else ""
-    return f"{ended}{time}{with_warnings}{without}"
+    were = "were" if len(later) > 1 else "was"
+    left = f"; when this page was written, only its {' and '.join(later)} {were} left to do" if later else ""
+    return f"{ended}{time}{with_warnings}{left}"
 
 
 def to_come(record: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -81,10 +82,6 @@ def to_come(record: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> li
         return []
     planned, taken = (record.get("plan") or {}).get("steps") or (), {step["kind"] for step in steps}
     return [kind for kind in _TELLING if kind in planned and kind not in taken]
-
-
-def _be(things: Sequence[str]) -> str:
-    return "are" if len(things) > 1 else "is"
 
 
 def _counted(warnings: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
 from featurepipe.heads.statistics.regression import numbers_text
 from featurepipe.heads.statistics.screening import screening_text
-from featurepipe.progress import spoken
+from featurepipe.progress import spoken, took
 from featurepipe.training.splits import NEAR_SHARE
 
 _CLASSES_SHOWN = 10
@@ -36,13 +36,13 @@ def cost_text(found: Mapping[str, Any]) -> str:
     return "\n".join([*_task_lines(found), found["cost"]["text"], "dry run: nothing was written"])
 
 
-def train_text(found: Mapping[str, Any]) -> str:
-    """What ``featurepipe train`` prints."""
+def train_text(found: Mapping[str, Any], *, start_up: float = 0.0) -> str:
+    """What ``featurepipe train`` prints; ``start_up`` are seconds of the command that the record does not count."""
     params = ", ".join(f"{name}={value}" for name, value in found["params"].items())
     protocol = f"; protocol {found['protocol']}" if "protocol" in found else ""
     lines = [
         found["split"],
-        f"{found['head']} ({params or 'default parameters'}{protocol}), {spoken(found['seconds'])} in all",
+        f"{found['head']} ({params or 'default parameters'}{protocol}), {_in_all(found, start_up)}",
     ]
     if found["cluster"]:
         lines.append(_cluster(found["cluster"]))
@@ -244,8 +244,19 @@ def dry_text(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "dry run: nothing was written"])
 
 
-def finetune_text(found: Mapping[str, Any]) -> str:
-    """What ``featurepipe finetune`` prints."""
+def _in_all(found: Mapping[str, Any], start_up: float) -> str:
+    """How long a command took, and how much of that went into loading libraries.
+
+    Example:
+        >>> _in_all({"seconds": 1.2}, 3.1), _in_all({"seconds": 1.2}, 0.04)
+        ('4.3 s in all, 3.1 s of it for loading libraries', '1.2 s in all')
+    """
+    loading = f", {took(start_up)} of it for loading libraries" if start_up >= 0.95 else ""
+    return f"{took(found['seconds'] + start_up)} in all{loading}"
+
+
+def finetune_text(found: Mapping[str, Any], *, start_up: float = 0.0) -> str:
+    """What ``featurepipe finetune`` prints; ``start_up`` as for `train_text`."""
     tuning = found["tuning"]
     run = tuning["runs"][tuning["kept_run"]]
     losses = tuning["mix_losses"]
@@ -254,7 +265,7 @@ def finetune_text(found: Mapping[str, Any]) -> str:
     diverged = counted(tuning["diverged"], "run") if "diverged" in tuning else ""
     lines = [
         _split_of_tuning(found),
-        f"{_tuned(tuning)}, {spoken(found['seconds'])} in all",
+        f"{_tuned(tuning)}, {_in_all(found, start_up)}",
         f"ended after {len(run['history']) - 1} epochs{several}: {run['ended']}",
         *([f"{diverged} diverged, whose loss was not finite, and left nothing"] if diverged else []),
         _epochs(run["history"], tuning["measure"], "random" if tuning.get("scratch") else "frozen"),

@@ -263,7 +263,7 @@ def test_the_page_of_nights_has_this_run(classed):
     page = (pile.folder / "pages" / "nights.html").read_text()
     assert record["run_id"] in page
     assert "nightly" in page
-    assert "went well" in page
+    assert "was going well" in page
     assert "no record of how it ended" not in page  # which is what the store still says
 
 

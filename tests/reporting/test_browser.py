@@ -296,6 +296,24 @@ def test_nothing_fails_and_nothing_is_fetched_for_nights(browser, nights_page):
     assert [url for url in browser.requests() if not url.startswith("data:")] == [nights_page.as_uri()]
 
 
+def test_the_names_of_runs_are_whole_in_a_small_window(browser, night_records, tmp_path):
+    """A name breaks at its hyphen where reasons why a run did not end well take the room."""
+    (tmp_path / "store").mkdir()
+    store, records = FeatureStore(tmp_path / "store"), night_records()
+    records[-1]["warnings"] = [
+        "2 files cannot be read, see /srv/share/photographs-of-all-sites/2026/november/by-camera/readme"
+    ]
+    for record in records:
+        store.write_run(record)
+    browser.open(nights_report(store, tmp_path / "nights.html", silent=True), width=1000)
+    table = "[...document.querySelectorAll('table')].find((one) => one.textContent.includes('Rejected'))"
+    inside, outside = browser.run(
+        f"(({{scrollWidth, clientWidth}}) => [scrollWidth, clientWidth])({table}.parentElement)"
+    )
+    assert inside == outside <= 1000
+    assert browser.run(f"{table}.rows[1].lastElementChild.textContent") == records[-1]["run_id"]
+
+
 def test_the_tooltip_of_a_bar_shows_its_night(browser, nights_page):
     """Anywhere above a night, also where its bar is too small to be hit."""
     browser.open(nights_page)

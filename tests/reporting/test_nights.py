@@ -276,7 +276,7 @@ def test_a_page_that_the_night_itself_writes_compares_like_with_like(recorded, n
         record["steps"] += told if record is not records[-1] else []
     html = nights_report(recorded(records), tmp_path / "page.html", silent=True).read_text("utf-8")
     assert (
-        "UTC went well for 32 s, with 1 warning; its report and metrics came after that and are not on this page."
+        "UTC was going well after 32 s, with 1 warning; when this page was written, only its report and metrics were left to do."
         in html
     )
     plots = {
