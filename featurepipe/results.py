@@ -68,8 +68,8 @@ class Result(dict[str, Any]):
 
     def _repr_html_(self) -> str:
         """The card that a notebook shows: what is said in a word first, then tables, then all else, folded."""
-        tables = {name: rows for name, rows in tables_of(self).items() if rows}
-        plain = _first_things_first({name: value for name, value in self.items() if _is_said(value)})
+        tables = {name: _named_rows(self, rows) for name, rows in tables_of(self).items() if rows}
+        plain = _first_things_first(_facts_of(self))
         rest = {name: value for name, value in self.items() if name not in plain and name not in tables}
         title = self.command or str(self.get("kind", "result"))
         return card(title, headline(self) | plain, tables=tables, folded=rest)
@@ -188,7 +188,16 @@ def tables_of(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     for name in ("exact", "near"):  # of duplicates
         if isinstance(found.get(name), Mapping) and found[name].get("listed"):
             tables.setdefault(name, _in_groups(found[name]["listed"]))
-    return tables
+    return tables | _of_networks(found["networks"]) if found.get("kind") == "networks" else tables
+
+
+def _of_networks(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The layer that is recommended of each network, and the results of all."""
+    own = [(one["backbone"]["name"], one) for one in documents]
+    return {
+        "networks": [{"backbone": name, **one["recommended"]} for name, one in own if one.get("recommended")],
+        "results": [{"backbone": name, **row} for name, one in own for row in one["results"]],
+    }
 
 
 def _found_for(queries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -220,18 +229,61 @@ def headline(found: Mapping[str, Any]) -> dict[str, Cell]:
     said: dict[str, Cell] = {}
     best = found.get("recommended")
     if isinstance(best, Mapping):
-        backbone = found.get("backbone")
-        described = (backbone.get("description") or {}) if isinstance(backbone, Mapping) else {}
-        named = named_columns(str(best.get("column") or best.get("route")), described.get("bottleneck"))
-        said["recommended"] = f"{named} with {best['head']}" if best.get("head") else named
+        named = named_columns(str(best.get("column") or best.get("route")), _bottleneck_of(found))
+        of = f" of {best['backbone']}" if best.get("backbone") else ""
+        said["recommended"] = f"{named}{of} with {best['head']}" if best.get("head") else f"{named}{of}"
     for source in (best if isinstance(best, Mapping) else {}, metrics_of(found)):
         for name in ("accuracy", "map", "r2"):
             if name in source and name not in said:
                 said[name] = _measured(source, name)
     for name in ("counts", "seconds"):
         if isinstance(found.get(name), Mapping):
-            said[name] = ", ".join(f"{key} {_short(value)}" for key, value in found[name].items() if _is_said(value))
+            parts = {key: value for key, value in found[name].items() if _is_said(value)}
+            parts = {key: value for key, value in parts.items() if value or len(parts) <= _MOST_COUNTS} or parts
+            said[name] = ", ".join(f"{key} {_short(value)}" for key, value in parts.items())
     return said
+
+
+def _bottleneck_of(found: Mapping[str, Any]) -> str | None:
+    """The node that is called the bottleneck of the network whose features a result is of; None if that is not known."""
+    backbone = found.get("backbone")
+    described = (backbone.get("description") or {}) if isinstance(backbone, Mapping) else found
+    node = described.get("bottleneck")
+    return node if isinstance(node, str) else None
+
+
+def _facts_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said in a word, the column by the name that people know; without a file's kind and version."""
+    facts: dict[str, Any] = {}
+    for name, value in found.items():
+        if name in {"column", "columns"} and value and _are_texts(value):
+            facts[name] = named_columns(value, _bottleneck_of(found))
+        elif _is_said(value) and value != "" and not (name in {"kind", "version"} and "version" in found):
+            facts[name] = value
+    if {"column", "columns"} & set(facts):
+        facts.pop("bottleneck", None)
+    return facts
+
+
+def _named_rows(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A table's rows as a card shows them: columns by the names that people know."""
+    nodes = {one["backbone"]["name"]: _bottleneck_of(one) for one in found.get("networks") or () if "backbone" in one}
+
+    def named(name: str, value: Any, backbone: object) -> Any:
+        if name in _NAMES_OF_COLUMNS and value and _are_texts(value):
+            network, space, column = value.rpartition(" ") if isinstance(value, str) else ("", "", value)
+            return f"{network}{space}{named_columns(column, nodes.get(network or backbone, _bottleneck_of(found)))}"
+        return value
+
+    return [{name: named(name, value, row.get("backbone")) for name, value in row.items()} for row in rows]
+
+
+_NAMES_OF_COLUMNS = ("column", "columns", "a", "b", "against", "best")
+_MOST_COUNTS = 8  # of which those that are 0 are shown, too
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value))
 
 
 def _measured(source: Mapping[str, Any], name: str) -> str:
@@ -264,9 +316,15 @@ def _first_things_first(values: Mapping[str, Any]) -> dict[str, Any]:
 
 PER_CLASS = ("class", "support", "predicted", "precision", "recall", "f1", "auc")
 """What is measured of each class, in the order in which it is shown."""
+PER_LABEL = (
+    "label", "positive", "negative", "predicted", "precision", "recall", "f1", "ap", "auc", "ece", "unknown", "threshold",
+    "ap_11_point",
+)  # fmt: skip
+"""The same of each of several labels."""
 ROWS_SHOWN = 12
 COLUMNS_SHOWN = 10
 _CHARACTERS = 160
+_IN_A_FACT = 600  # characters: there is a line for it
 _DEEPEST = 4
 
 _BOX = (
@@ -295,7 +353,8 @@ def card(
     parts = [f'<div style="{_BOX}"><div style="font-weight:600;margin-bottom:.3em">{_text(title)}</div>']
     if facts:
         lines = (
-            f'<tr><th style="{_NAME}">{_text(n)}</th><td style="{_LINE}">{_text(v)}</td></tr>' for n, v in facts.items()
+            f'<tr><th style="{_NAME}">{_text(n)}</th><td style="{_LINE}">{_text(v, _IN_A_FACT)}</td></tr>'
+            for n, v in facts.items()
         )
         parts.append(f'<table style="border-collapse:collapse;background:none">{"".join(lines)}</table>')
     parts += [_table(name, rows) for name, rows in (tables or {}).items()]
@@ -306,7 +365,7 @@ def card(
     return "".join([*parts, "</div>"])
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, most: int = _CHARACTERS) -> str:
     """A value as one line of escaped HTML; numbers as people read them."""
     if value is None:
         return "–"
@@ -317,14 +376,21 @@ def _text(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     shown = displayed(value)
-    return escape(shown if len(shown) <= _CHARACTERS else f"{shown[: _CHARACTERS - 1]}…")
+    return escape(shown if len(shown) <= most else f"{shown[: most - 1]}…")
 
 
 def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Records as an HTML table: their plain values, the first rows and columns; says how many more there are."""
+    """Records as an HTML table: plain values and measures, the first rows and columns; says how many more there are."""
+    rows = [
+        {
+            name: value.get("value") if isinstance(value, Mapping) and "low" in value else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if _is_plain(value)))
-    if set(names) == set(PER_CLASS):  # a bundle's file has them by the alphabet
-        names = list(PER_CLASS)
+    for order in (PER_CLASS, PER_LABEL):  # a bundle's file has them by the alphabet
+        names = sorted(names, key=order.index) if order[0] in names and set(names) <= set(order) else names
     shown, kept = rows[:ROWS_SHOWN], names[:COLUMNS_SHOWN]
     over_numbers = {name for name in kept if all(_is_number(row[name]) for row in shown if row.get(name) is not None)}
     styles = {name: f"{_NAME};text-align:right" if name in over_numbers else _NAME for name in kept}

@@ -135,6 +135,66 @@ def test_cards_are_escaped_and_say_what_they_leave_out(
         assert "no dataset yet" in safe(empty._repr_html_())
 
 
+FLAT = {"name": "resnet18", "description": {"bottleneck": "flatten"}}
+
+
+def test_cards_call_the_bottleneck_so_in_every_table() -> None:
+    found = {
+        "kind": "depth", "version": 1, "backbone": FLAT, "weights_note": "", "protocol": "p" * 300,
+        "counts": {f"count_{k}": 7 * (k == 3) for k in range(12)},
+        "recommended": {"column": "flatten:gap", "head": "logistic"},
+        "results": [{"column": "layer1:gap"}, {"column": "flatten:gap"}],
+        "concatenations": [{"columns": ["layer1:gap", "flatten:gap"], "against": "flatten:gap"}],
+        "differences": [{"a": "layer1:gap", "b": "flatten:gap"}],
+    }  # fmt: skip
+    shown = safe(Result(found, "depth")._repr_html_())
+    assert shown.count(">bottleneck (flatten:gap)<") == 3
+    assert ">layer1:gap + bottleneck (flatten:gap)<" in shown
+    assert ">flatten:gap<" not in shown.partition("everything else")[0]
+    assert "p" * 300 in shown
+    assert ">count_3 7<" in shown
+    assert not {">weights_note<", ">kind<", ">version<"} & set(re.findall(r">\w+<", shown))
+    of_labels = safe(Result({"column": "flatten:gap", "bottleneck": "flatten", "kind": "multiclass"})._repr_html_())
+    assert re.findall(r"<td[^>]*>(.*?)</td>", of_labels) == ["bottleneck (flatten:gap)", "multiclass"]
+    assert ">bottleneck (flatten:gap)<" in Result({"columns": ["flatten:gap"], "bottleneck": "flatten"})._repr_html_()
+
+
+def test_a_card_of_several_networks_says_what_each_reached() -> None:
+    layers = {"flat": ("resnet18", "flatten", 0.9), "f6": ("lenet5", "f6.1", 0.7)}
+    networks = [
+        {
+            "backbone": {"name": name, "description": {"bottleneck": node}},
+            "recommended": {"column": f"{node}:gap", "accuracy": value},
+            "results": [{"column": column, "accuracy": value} for column in ("first:gap", f"{node}:gap")],
+        }
+        for name, node, value in layers.values()
+    ]
+    between = [{"backbone": "lenet5", "a": "lenet5 f6.1:gap", "b": "resnet18 flatten:gap"}]
+    best = {"backbone": "resnet18", "column": "flatten:gap", "head": "svm", "accuracy": 0.9}
+    found = {"kind": "networks", "backbone": FLAT, "recommended": best, "differences": between, "networks": networks}
+    result = Result(found, "depth")
+    shown = safe(result._repr_html_())
+    assert ">bottleneck (flatten:gap) of resnet18 with svm<" in shown
+    assert {">lenet5 bottleneck (f6.1:gap)<", ">resnet18 bottleneck (flatten:gap)<"} <= set(
+        re.findall(r">[^<]*<", shown)
+    )
+    assert shown.count(">bottleneck (f6.1:gap)<") == 2  # of the network, and of all results
+    frame = result.to_pandas()
+    assert list(frame["backbone"]) == ["resnet18", "resnet18", "lenet5", "lenet5"]
+    assert list(frame["column"]) == ["first:gap", "flatten:gap", "first:gap", "f6.1:gap"]
+    assert list(result.to_pandas("networks")["accuracy"]) == [0.9, 0.7]
+
+
+def test_measures_of_several_labels_stand_in_their_order() -> None:
+    bounded = {"value": 0.25, "low": 0.1, "high": 0.4}
+    row = {"ap": bounded, "f1": bounded, "label": "a", "negative": 3, "positive": 4, "precision": 0.5, "unknown": 0}
+    shown = card("Bundle", {}, tables={"per_label": [row]})
+    assert re.findall(r"<th[^>]*>(.*?)</th>", shown) == [
+        "label", "positive", "negative", "precision", "f1", "ap", "unknown",
+    ]  # fmt: skip
+    assert shown.count(">0.25<") == 2
+
+
 def test_reports_of_upkeep_are_cards(store: fp.FeatureStore, tmp_path: Path) -> None:
     copy = fp.FeatureStore(shutil.copytree(store.path, tmp_path / "store"))
     card = safe(fp.verify(copy)._repr_html_())

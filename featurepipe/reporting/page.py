@@ -85,8 +85,10 @@ def compose(
     depth = document["kind"] in {"depth", "networks"}
     part = document.get("details") or {}
     column = str(part.get("column", "the recommended node")) if depth else bundle_column(document)
+    if depth:
+        column = " + ".join(called(one, document) for one in column.split("+"))
     if document["kind"] == "networks":
-        column = f"{called(column, document)} of {document['backbone']['name']}"
+        column = f"{column} of {document['backbone']['name']}"
     head = str(part.get("head", "")) if depth else str((document.get("bundle") or {}).get("family", ""))
     sections = [
         *_own_sections(document, paint),

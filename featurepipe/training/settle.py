@@ -118,6 +118,7 @@ def settle_rows(
         validate=options.needs_validation or options.tune or options.select == SELECT_AUTO,
         least=0 if options.target is None else least_units(INTERVAL_LEVEL),
         crossed=crossed,
+        column=options.split_column,
     )
     classes: tuple[str, ...] = ()
     if targets is None:

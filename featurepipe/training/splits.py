@@ -81,6 +81,7 @@ def divide(
     validate: bool,
     least: int = 0,
     crossed: bool = False,
+    column: str | None = None,
 ) -> Division:
     """Divides the labelled rows of a dataset.
 
@@ -96,6 +97,7 @@ def divide(
         validate: whether validation rows are needed.
         least: validation images, or groups of them, to set aside at least, if a third of the training images has as many.
         crossed: whether few training images are all to calibrate, out of fold, unless there is a split ``val``.
+        column: the column that the splits are of, if one was asked for.
 
     Raises:
         UsageError: the split does not exist or has no labelled row.
@@ -103,6 +105,8 @@ def divide(
     names = sorted({name for name in features.splits if name is not None})
     if names:
         train, own, test, text = _own_splits(features, codes, names, split_asked(split or "train", names))
+        whose = "the dataset's own splits" if column is None else f"the splits of column {column}"
+        text = f"{whose} ({', '.join(names)}), {text}"
     elif split is not None:
         what = f"unknown split {split!r}: dataset {features.origin.dataset} has no splits; leave "
         raise UsageError(Message(what, Option("split"), " out"))
@@ -193,7 +197,7 @@ def _told(features: FeatureSet, division: Division) -> Division:
 def _own_splits(
     features: FeatureSet, codes: npt.NDArray[np.int64], names: list[str], wanted: str
 ) -> tuple[Positions, Positions, Positions, str]:
-    """Labelled rows of the split to train on, of ``val`` and of ``test``, and what to say."""
+    """Labelled rows of the split to train on, of ``val`` and of ``test``, and which is trained on."""
     if wanted not in names:
         raise unknown("split", wanted, names, where=f"dataset {features.origin.dataset}", see="featurepipe info STORE")
     splits = features.splits
@@ -210,8 +214,7 @@ def _own_splits(
         )
     refuse_groups_across(features, {wanted: train, "val": own, "test": test} if wanted == "train" else {})
     none = train[:0]
-    text = f"the dataset's own splits ({', '.join(names)}), trained on {wanted}"
-    return train, none if wanted == "val" else own, none if wanted == "test" else test, text
+    return train, none if wanted == "val" else own, none if wanted == "test" else test, f"trained on {wanted}"
 
 
 def dealt(

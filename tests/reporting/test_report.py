@@ -485,9 +485,11 @@ def test_what_was_asked_for_as_the_bottleneck_is_called_so_wherever_it_stands(do
     document["backbone"]["description"] = {"bottleneck": "flatten"}
     document["recommended"]["not_told_apart"] = ["flatten:gap", "blocks.4:avg5x5"]
     document["details"]["metrics"]["per_class"][0]["class"] = "flatten:gap"
+    document["details"]["column"] = "blocks.2:gap+flatten:gap"
     html = page_of(document, tmp_path)
     page = parsed(html)
     assert f": {shown}, blocks.4:avg5x5." in html
+    assert f">logistic on blocks.2:gap + {shown} in detail<" in html
     assert f"On emoji-outlined at most 77.5\u00a0%, logistic at {shown}." in html
     firsts = [row[0] for row in page.cells]
     assert firsts.count("flatten:gap") == 1  # the class

@@ -121,6 +121,9 @@ def test_own_splits_are_taken_as_they_are(zoo):
     assert set(features.take(found.test).splits) == {"test"}
     assert [len(part) for part in (found.train, found.validation, found.test)] == [120, 30, 30]
     np.testing.assert_array_equal(found.final, found.train)  # a user's validation rows are never trained on
+    assert found.text == "the dataset's own splits (test, train, val), trained on train"
+    asked = divide(features, features.codes(), split="val", seed=0, validate=False, column="part")
+    assert asked.text == "the splits of column part (test, train, val), trained on val"
 
 
 def test_without_val_a_tenth_is_set_aside_and_given_back_for_the_last_fit(zoo):
