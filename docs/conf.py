@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from featurepipe import __version__  # noqa: E402  # of this checkout
-from featurepipe.cli.parser import COMMANDS, EXIT_CODES, build_parser  # noqa: E402
+from featurepipe.cli.parser import COMMANDS, EXIT_CODES, build_parser, sections  # noqa: E402
 from featurepipe.jobs.text import job_keys  # noqa: E402
 
 project = "featurepipe"
@@ -88,10 +88,8 @@ class Commands(SphinxDirective):
         section = self._section(f"featurepipe {name}", f"command-{name}")
         usage = parser.format_usage()
         section += [nodes.paragraph(text=parser.description or ""), nodes.literal_block(usage, usage, language="text")]
-        for group in parser._action_groups:  # noqa: SLF001
-            actions = [one for one in group._group_actions if one.help != argparse.SUPPRESS]  # noqa: SLF001
-            if actions:
-                section += [nodes.rubric(text=group.title or ""), self._options(actions, parser)]
+        for title, actions in sections(parser):
+            section += [nodes.rubric(text=title), self._options(actions, parser)]
         if parser.epilog:
             section += nodes.literal_block(parser.epilog, parser.epilog, language="text")
         return section

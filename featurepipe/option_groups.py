@@ -15,12 +15,22 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from numbers import Integral, Real
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Self, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from featurepipe.display import bytes_of
 from featurepipe.errors import Message, Option, UsageError
 
 _KEY = "declaration"
+LEARNING, ROWS, NETWORK, READING, MACHINE, LIMITS, ANSWER = PURPOSES = (
+    "what is learned, and how",
+    "which images, features and labels",
+    "the network, and what is kept of it",
+    "how a source is read",
+    "where it is computed",
+    "limits, and images that cannot be used",
+    "the answer",
+)
+"""What options that several commands share are for, in the order of a long help."""
 Check = Callable[[Any], str | None]
 """Says what a value must be, such as ``must be at least 1``; None if it is right. Or raises `UsageError` in words of its own."""
 
@@ -41,6 +51,7 @@ class Declaration:
         name: Its name in Python.
         default: Its default.
         types: Of its values; ``tuple`` where it may be repeated.
+        purpose: What it is for, of `PURPOSES`; empty for an option of a command's own.
     """
 
     help: str
@@ -54,6 +65,7 @@ class Declaration:
     name: str = ""
     default: Any = None
     types: frozenset[type] = frozenset()
+    purpose: str = ""
 
     def read_from(self, given: Any) -> Any:
         """The value that people mean by what they write."""
@@ -92,9 +104,14 @@ def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as argp
 class OptionGroup:
     """Options that belong together; a group of one's own is a frozen dataclass, too.
 
+    Attributes:
+        purpose: What the options are for that this group declares itself.
+
     Raises:
         UsageError: One of them is wrong.
     """
+
+    purpose: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for name, one in declared(type(self)).items():
@@ -121,8 +138,17 @@ def _declared(group: Any) -> Mapping[str, Declaration]:
     # A table of a job is no dataclass itself, so it has the fields of each group that it inherits from.
     groups = [base for base in reversed(group.__mro__) if is_dataclass(base)]
     ours = {one.name: one for base in groups for one in fields(base) if _KEY in one.metadata}.values()
+    purposes: dict[str, str] = {}
+    for base in groups:  # the first that has an option declares it, even where a larger group says it in other words
+        for one in fields(base):
+            purposes.setdefault(one.name, vars(base).get("purpose", ""))
     return MappingProxyType(
-        {one.name: replace(one.metadata[_KEY], name=one.name, types=_types_in(types[one.name])) for one in ours}
+        {
+            one.name: replace(
+                one.metadata[_KEY], name=one.name, types=_types_in(types[one.name]), purpose=purposes[one.name]
+            )
+            for one in ours
+        }
     )
 
 

@@ -15,6 +15,8 @@ from sklearn.model_selection import ParameterGrid
 
 from featurepipe.cli import build_parser, main
 from featurepipe.cli.parser import COMMANDS as COMMANDS_BY_JOB
+from featurepipe.cli.parser import sections
+from featurepipe.option_groups import ANSWER, LEARNING, LIMITS, MACHINE, NETWORK, PURPOSES, READING, ROWS
 from tests.conftest import MAIN
 
 COMMANDS = ("demo", "backbones", "nodes", "extract", "info", "verify", "compact", "gc", "export", "doctor")
@@ -133,6 +135,36 @@ def test_version(capsys):
         main(["--version"])
     assert end.value.code == 0
     assert re.fullmatch(r"featurepipe \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", [name for names in COMMANDS_BY_JOB.values() for name in names])
+def test_a_long_help_has_each_option_once_under_what_it_is_for(command):
+    parser = next(action for action in build_parser()._actions if action.choices).choices[command]
+    parts = sections(parser)
+    shown = [action.dest for _, actions in parts for action in actions]
+    assert sorted(shown) == sorted(action.dest for action in parser._actions)
+    titles = [title for title, _ in parts if title != "positional arguments"]
+    options = sum(bool(action.option_strings) for action in parser._actions)
+    assert (titles[1:] != []) == (options > 20)
+    assert titles == ["options", *(purpose for purpose in PURPOSES if purpose in titles)]
+    assert all(len(actions) <= 24 for _, actions in parts)
+    assert [line for line in parser.format_help().splitlines() if line in {f"{title}:" for title, _ in parts}] == [
+        f"{title}:" for title, _ in parts
+    ]
+
+
+def test_options_that_commands_share_stand_under_the_same_title():
+    choices = next(action for action in build_parser()._actions if action.choices).choices
+    for name, title in {"label": ROWS, "dataset": ROWS, "box": READING, "cluster": MACHINE, "to": ANSWER}.items():
+        assert name in [action.dest for action in dict(sections(choices["labels"]))[title]]
+    assert [action.dest for action in dict(sections(choices["labels"]))["options"]] == [
+        "help", "folds", "limit", "seed", "dry_run", "quiet", "json"
+    ]  # fmt: skip
+    tuned = dict(sections(choices["finetune"]))
+    assert "dataset" in [action.dest for action in tuned[ROWS]]  # which it says in words of its own
+    assert {"rate", "epochs"} <= {action.dest for action in tuned[LEARNING]}
+    assert {"max_rejects", "damaged"} <= {action.dest for action in tuned[LIMITS]}
+    assert {"precision", "dtype"} <= {action.dest for action in tuned[NETWORK]}
 
 
 def test_extract_says_what_it_did(cli, images, tmp_path):

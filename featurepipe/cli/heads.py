@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from functools import partial
 
 from featurepipe.cli.options import (
     InPlaceOfBundle,
@@ -65,7 +64,7 @@ def run_train(args: Namespace) -> int:
         silent=args.quiet,
         **cluster(args),
     )
-    show(args, result, cost_text if args.dry_run else partial(train_text, start_up=start_up(args, result)))
+    show(args, result, cost_text if args.dry_run else lambda found: train_text(found, start_up=start_up(args, found)))
     return 0
 
 
@@ -113,7 +112,8 @@ def run_finetune(args: Namespace) -> int:
         **cluster(args),
     )
     if processes()[0] == 0:  # of those that torchrun starts, the first speaks
-        show(args, result, dry_text if args.dry_run else partial(finetune_text, start_up=start_up(args, result)))
+        told = dry_text if args.dry_run else lambda found: finetune_text(found, start_up=start_up(args, found))
+        show(args, result, told)
     return 0
 
 

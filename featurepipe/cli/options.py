@@ -12,7 +12,7 @@ from types import MappingProxyType, NoneType
 from typing import Any, TypeAlias
 
 from featurepipe.errors import BundleError, Message, Option, UsageError, missing, on_command_line, unsearchable
-from featurepipe.option_groups import Declaration, OptionGroup, declared
+from featurepipe.option_groups import MACHINE, Declaration, OptionGroup, declared
 
 Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"  # noqa: SLF001
 
@@ -102,7 +102,13 @@ def add_options(
         else:
             say |= {"metavar": metavar, "default": None if one.read else one.default}
         say |= {"action": actions[one.name]} if one.name in actions else {}
-        command.add_argument(flag, **say)
+        _for(one.purpose, command.add_argument(flag, **say))
+
+
+def _for(purpose: str, *actions: argparse.Action) -> None:
+    """Keeps what options are for, which a long help puts them under."""
+    for action in actions:
+        vars(action)["purpose"] = purpose
 
 
 def options(args: Namespace, *groups: type[OptionGroup], leave_out: Collection[str] = ()) -> dict[str, Any]:
@@ -131,13 +137,14 @@ def _of(groups: Sequence[type[OptionGroup]], leave_out: Collection[str]) -> list
 def add_cluster(command: ArgumentParser) -> None:
     """``--scheduler`` and ``--cluster``: where the work is done, if not here."""
     where = command.add_mutually_exclusive_group()
-    where.add_argument(
+    scheduler = where.add_argument(
         "--scheduler", metavar="ADDRESS", help="work on the Dask cluster of this scheduler, tcp://HOST:PORT"
     )
-    where.add_argument(
+    started = where.add_argument(
         "--cluster", metavar="local:N|FILE",
         help="work on a cluster started for this: N processes here, or what the [cluster] table of a TOML file says",
     )  # fmt: skip
+    _for(MACHINE, scheduler, started)
 
 
 def cluster(args: Namespace) -> dict[str, Any]:

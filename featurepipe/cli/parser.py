@@ -15,6 +15,7 @@ from featurepipe import __version__
 from featurepipe.cli.options import add_command
 from featurepipe.display import displayed
 from featurepipe.errors import nearest, unknown
+from featurepipe.option_groups import PURPOSES
 
 if TYPE_CHECKING:
     from featurepipe.cli.options import Commands
@@ -72,6 +73,20 @@ EXIT_CODES = """exit codes:
 """
 
 
+MANY = 20
+"""Options from which on a command's help puts them under what they are for."""
+
+
+def sections(parser: argparse.ArgumentParser) -> list[tuple[str, list[argparse.Action]]]:
+    """The parts of a command's help: arguments, options, and of many options those that commands share, by what they are for."""
+    arguments, own = (group._group_actions for group in parser._action_groups[:2])  # noqa: SLF001
+    told: dict[str, list[argparse.Action]] = {}
+    if len(own) > MANY:
+        told = {purpose: [one for one in own if vars(one).get("purpose") == purpose] for purpose in PURPOSES}
+        own = [one for one in own if not vars(one).get("purpose")]
+    return [(name, some) for name, some in {"positional arguments": arguments, "options": own, **told}.items() if some]
+
+
 class _Parser(argparse.ArgumentParser):
     """Takes options by their whole names, says what is wrong on one line with the nearest, and shows what was typed unobeyed."""
 
@@ -79,6 +94,20 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def format_help(self) -> str:
+        """The help, in the parts that `sections` gives."""
+        if not self.get_default("run"):  # the list of commands
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for title, actions in sections(self):
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuses what a command does not know itself, so that its options are shown, not the list of commands."""

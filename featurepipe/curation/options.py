@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
+from typing import ClassVar
 
 from featurepipe.features.options import MachineOptions, SourceOptions
 from featurepipe.monitoring.options import NodeOption
-from featurepipe.option_groups import OptionGroup, at_least, option
+from featurepipe.option_groups import ANSWER, ROWS, OptionGroup, at_least, option
 from featurepipe.prediction.options import RawIdsOption
 from featurepipe.reporting.options import PictureSourceOption
 from featurepipe.store.options import (
@@ -33,6 +34,8 @@ ON_A_PAGE = 1000
 class AnswerOption(OptionGroup):
     """Where an answer is written."""
 
+    purpose: ClassVar[str] = ANSWER
+
     to: tuple[str, ...] | None = option(
         None,
         "write the answer: .csv, .jsonl or .parquet, or a page with thumbnails, .html; may be repeated, such as for both",
@@ -43,6 +46,8 @@ class AnswerOption(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class SnapshotOption(OptionGroup):
     """Which of a dataset's snapshots."""
+
+    purpose: ClassVar[str] = ROWS
 
     snapshot: str | None = option(
         None, "the snapshot whose images are meant, or the run of a job (default: the current one)", metavar="RUN-ID"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from featurepipe.display import bytes_of, first_names, seconds_of, share, size
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
@@ -21,7 +21,7 @@ from featurepipe.features.options import (
     SettingOptions,
     SourceOptions,
 )
-from featurepipe.option_groups import OptionGroup, is_bytes, is_number, option
+from featurepipe.option_groups import LIMITS, OptionGroup, is_bytes, is_number, option
 
 ALL = "100%"
 """The share of missing images that tolerates a source that lists nothing."""
@@ -137,6 +137,8 @@ def _allowing(max_gone: float | str | None) -> Message:
 class RejectLimit(OptionGroup):
     """How many images may be unusable."""
 
+    purpose: ClassVar[str] = LIMITS
+
     max_rejects: int | float | str = option(
         "1%", "tolerate up to N or P % unusable images (default: 1%)", metavar="N|P%", check=_share
     )
@@ -149,6 +151,8 @@ EXTRACTION_GROUPS = (SettingOptions, MachineOptions, SourceOptions, DamageOption
 @dataclass(frozen=True, kw_only=True)
 class Limits(RejectLimit):
     """What makes an extraction refuse to begin, end early, or fail."""
+
+    purpose: ClassVar[str] = LIMITS
 
     max_gone: int | float | str | None = option(
         None, "refuse if more images of the last snapshot are gone (default: if all are; 100%: never)",

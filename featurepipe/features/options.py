@@ -6,10 +6,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from featurepipe.errors import UsageError
-from featurepipe.option_groups import OptionGroup, at_least, is_number, is_text, not_empty, option
+from featurepipe.option_groups import (
+    LIMITS,
+    MACHINE,
+    NETWORK,
+    READING,
+    ROWS,
+    OptionGroup,
+    at_least,
+    is_number,
+    is_text,
+    not_empty,
+    option,
+)
 
 if TYPE_CHECKING:
     from featurepipe.images.regions import Boxes
@@ -82,6 +94,8 @@ def _anywhere(_: str) -> bool:
 class SourceNameOption(OptionGroup):
     """What a source is called in a store."""
 
+    purpose: ClassVar[str] = ROWS
+
     dataset: str | None = option(
         None, "name of the source in the store (default: the source's own name)", metavar="NAME"
     )
@@ -90,6 +104,8 @@ class SourceNameOption(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(OptionGroup):
     """Which network, and what is kept of it."""
+
+    purpose: ClassVar[str] = NETWORK
 
     backbone: str = option(
         AUTO,
@@ -115,6 +131,8 @@ class NetworkOptions(OptionGroup):
 class SettingOptions(OptionGroup):
     """Settings of the feature space, which may be ``auto``."""
 
+    purpose: ClassVar[str] = NETWORK
+
     precision: str = option(
         AUTO, "auto: as in the store, else the fastest that agrees with fp32", choices=(AUTO, "fp32", "bf16", "fp16")
     )
@@ -137,6 +155,8 @@ class SettingOptions(OptionGroup):
 class MirrorOption(OptionGroup):
     """Whether images are mirrored."""
 
+    purpose: ClassVar[str] = NETWORK
+
     mirrored: bool = option(
         False, "features of the images mirrored left to right, in a feature space of their own: what featurepipe finetune "
         "--augment flip learns from, beside the images as they are"
@@ -146,6 +166,8 @@ class MirrorOption(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions(OptionGroup):
     """On what the network runs, and with how much."""
+
+    purpose: ClassVar[str] = MACHINE
 
     device: str = option(AUTO, "default: cuda where there is one", metavar="auto|cpu|cuda[:N]", check=_device)
     batch_size: int | str = option(
@@ -165,6 +187,8 @@ class MachineOptions(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions(OptionGroup):
     """How a source is opened."""
+
+    purpose: ClassVar[str] = READING
 
     only_under: tuple[str, ...] | None = option(
         None,
@@ -211,6 +235,8 @@ class SourceOptions(OptionGroup):
 class DamageOptions(OptionGroup):
     """What becomes of images that lost pixels."""
 
+    purpose: ClassVar[str] = LIMITS
+
     damaged: str = option(
         REJECT, "JPEGs that lost pixels, as in a broken copy; those kept are listed (default: reject)", choices=DAMAGED
     )
@@ -224,6 +250,8 @@ class DamageOptions(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class RejectOptions(DamageOptions):
     """What becomes of images that are no good."""
+
+    purpose: ClassVar[str] = LIMITS
 
     retry_rejects: bool = option(False, "try images again whose bytes were rejected before")
 

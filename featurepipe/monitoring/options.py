@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
-from featurepipe.option_groups import OptionGroup, at_least, file_or_kind, is_number, not_empty, option
+from featurepipe.option_groups import ROWS, OptionGroup, at_least, file_or_kind, is_number, not_empty, option
 from featurepipe.prediction.options import RawIdsOption
 from featurepipe.store.options import (
     GROUP,
@@ -82,6 +82,8 @@ def _distance(given: Any) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class NodeOption(OptionGroup):
     """Which column is compared."""
+
+    purpose: ClassVar[str] = ROWS
 
     node: str = option("bottleneck", "whose distances count (default: bottleneck)", metavar="COLUMN")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from featurepipe.extraction.limits import RejectLimit
 from featurepipe.features.options import DamageOptions, MachineOptions, SourceOptions
-from featurepipe.option_groups import OptionGroup, at_least, option
+from featurepipe.option_groups import ANSWER, OptionGroup, at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class BundleOptions(DamageOptions, MachineOptions):
 class RawIdsOption(OptionGroup):
     """How text is written into CSV files, which spreadsheets open."""
 
+    purpose: ClassVar[str] = ANSWER
+
     raw_ids: bool = option(
         False, "leave text in .csv as it is; by default what a spreadsheet would run as a formula gets an apostrophe"
     )
@@ -42,6 +44,8 @@ class RawIdsOption(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class TopOption(OptionGroup):
     """How many classes of each image a file of predictions has."""
+
+    purpose: ClassVar[str] = ANSWER
 
     top: int | None = option(
         None, "write the N most probable classes of each image (label, confidence, label_2, confidence_2, ...) and no column for "

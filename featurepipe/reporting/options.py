@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from featurepipe.features.options import SourceOptions
-from featurepipe.option_groups import OptionGroup, at_least, file_or_kind, option
+from featurepipe.option_groups import ANSWER, OptionGroup, at_least, file_or_kind, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RowOptions, SplitOption
 
 NIGHTS = 30
@@ -26,6 +26,8 @@ class ShownOption(OptionGroup):
 class PictureSourceOption(OptionGroup):
     """Where the images of a page are."""
 
+    purpose: ClassVar[str] = ANSWER
+
     source: Any = option(
         None, "the images, for thumbnails (default: where they were extracted from)",
         metavar="SOURCE", recorded=file_or_kind,
@@ -35,6 +37,8 @@ class PictureSourceOption(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class PicturesOptions(PictureSourceOption):
     """Where the images of a page are, and those that a comparison was tested on."""
+
+    purpose: ClassVar[str] = ANSWER
 
     test_source: Any = option(
         None, "the same of the other source that a comparison was tested on", metavar="SOURCE", recorded=file_or_kind

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.option_groups import OptionGroup, at_least, by_commas, file_or_kind, is_number, not_empty, option
+from featurepipe.option_groups import ROWS, OptionGroup, at_least, by_commas, file_or_kind, is_number, not_empty, option
 
 GROUP = "group"
 """The column that is taken as groups unless another one, or none, is asked for."""
@@ -47,12 +47,16 @@ def _keeps_the_current(given: Any) -> str | None:
 class DatasetOption(OptionGroup):
     """Which of a store's datasets."""
 
+    purpose: ClassVar[str] = ROWS
+
     dataset: str | None = option(None, "default: the store's only dataset", metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceOption(OptionGroup):
     """Which of a store's feature spaces."""
+
+    purpose: ClassVar[str] = ROWS
 
     backbone: str | None = option(
         None, "a backbone, a space's name or fingerprint, where the store holds several", metavar="NAME"
@@ -63,12 +67,16 @@ class SpaceOption(OptionGroup):
 class SplitOption(OptionGroup):
     """Which of a dataset's splits."""
 
+    purpose: ClassVar[str] = ROWS
+
     split: str | None = option(None, "only this split", metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsOption(OptionGroup):
     """Labels of one's own: a file, and in Python a mapping, too."""
+
+    purpose: ClassVar[str] = ROWS
 
     labels: Any = option(
         None, "labels to use instead of the dataset's: .csv, .parquet or .jsonl with id and label",
@@ -116,6 +124,8 @@ class RemovalOptions(DryRunOption, DatasetOption):
 class SideOptions(OptionGroup):
     """What class and split an image is of: columns of the labels file, else of the manifest that was extracted."""
 
+    purpose: ClassVar[str] = ROWS
+
     label: str | None = option(None, "column of the class (default: label)", metavar="COLUMN", check=is_column)
     split_column: str | None = option(
         None, f"column of the split (default: split of the manifest, or the folders; {NO_SPLIT}: no splits)",
@@ -130,6 +140,8 @@ class SideOptions(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class RowOptions(SideOptions):
     """What class, split and group an image is of; columns as those of `SideOptions`."""
+
+    purpose: ClassVar[str] = ROWS
 
     group: str | None = option(
         None, f"column of what stays on one side of every split, such as a patient (default: {GROUP}, if there is one; "
@@ -153,6 +165,8 @@ class RowOptions(SideOptions):
 @dataclass(frozen=True, kw_only=True)
 class RoleOptions(RowOptions):
     """What is learned of an image, and how much it counts; columns as those of `RowOptions`."""
+
+    purpose: ClassVar[str] = ROWS
 
     target: str | None = option(
         None, "column of a number to estimate, instead of classes: regression, with prediction intervals",

@@ -7,12 +7,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import FAMILIES, PROTOCOLS
 from featurepipe.heads.statistics.aims import Wish
-from featurepipe.option_groups import OptionGroup, at_least, by_commas, is_memory, is_number, is_text, not_empty, option
+from featurepipe.option_groups import (
+    LEARNING,
+    OptionGroup,
+    at_least,
+    by_commas,
+    is_memory,
+    is_number,
+    is_text,
+    not_empty,
+    option,
+)
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 ALL_HEADS = tuple(dict.fromkeys(name for families in FAMILIES.values() for name in families))
@@ -130,6 +140,8 @@ PROTOCOL_HEAD = "linear-svm"
 @dataclass(frozen=True, kw_only=True)
 class FitOptions(RoleOptions):
     """What head is fitted to which columns, and how."""
+
+    purpose: ClassVar[str] = LEARNING
 
     nodes: tuple[str, ...] = option(
         ("bottleneck",),

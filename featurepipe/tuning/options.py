@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
-from featurepipe.option_groups import at_least, is_memory, is_number, option
+from featurepipe.option_groups import LEARNING, at_least, is_memory, is_number, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop,flip")
@@ -80,6 +80,8 @@ class Schedule:
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions(RoleOptions):
     """Which layers are tuned, for what, and how."""
+
+    purpose: ClassVar[str] = LEARNING
 
     from_node: str | tuple[str, ...] | None = option(
         None,
