@@ -6,6 +6,9 @@ The store must hold a dataset with the splits train and test (Fashion-MNIST), an
 
     featurepipe extract FOLDER --store DIR --dataset NAME --backbone efficientnet_lite0 --node blocks.10:map --node bottleneck
 
+and the same with ``--mirrored`` for ``--augment flip``. Images of 28 x 28 say no less when they are enlarged to 112 pixels, at a
+quarter of the work: ``--backbone benchmarks.networks:efficientnet_lite0_112 --trust-code`` in both.
+
 1. *cost*: processor seconds of a step (forward, backward) on the tail, and on the whole network from images that are ready, in
    turns, so that other load hits both alike. Reading and decoding images would come on top of the second.
 2. *choice*: each rate, for a few epochs on some of the training images; others of them choose.
@@ -81,7 +84,9 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
     extraction = extracted(store, args)
     seconds = [found["seconds"] for found in (*choice, full, *([extraction] if extraction else []))]
     return {
+        "backbone": args.backbone,
         "from": args.cut,
+        "augment": args.augment,
         "cost": cost,
         "choice": choice,
         "rate": best,
@@ -153,7 +158,15 @@ def tuned(store: FeatureStore, args: argparse.Namespace, name: str, asked: dict[
         }
 
     try:
-        found = fp.finetune(store, dataset=args.dataset, from_node=args.cut, out=work / name, **asked)
+        found = fp.finetune(
+            store,
+            dataset=args.dataset,
+            from_node=args.cut,
+            augment=args.augment,
+            trust_code=args.trust_code,
+            out=work / name,
+            **asked,
+        )
     finally:
         clock.write_text(json.dumps(spent()))
     tuning = found["tuning"]
