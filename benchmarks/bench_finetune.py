@@ -214,6 +214,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="DEFAULT")
     parser.add_argument("--from", dest="cut", default="blocks.10")
     parser.add_argument("--work", help="folder of what is done, and of the bundles")
+    parser.add_argument("--trust-code", action="store_true", help="the backbone is a function of a module")
+    parser.add_argument(
+        "--augment", choices=["none", "flip"], default="none", help="flip: the store has mirrored activations, too"
+    )
     parser.add_argument(
         "--rate", type=float, action="append", help="one, or several to choose from (default: 3e-4 and 1e-3)"
     )
