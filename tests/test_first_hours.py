@@ -132,6 +132,18 @@ def test_the_next_command_takes_the_network_that_was_just_extracted(photos, cli)
     assert f" of lenet5, feature space {space.name}: as {space.name} was asked for" in trained.err.splitlines()[0]
 
 
+def test_mirrored_images_lead_to_a_tuned_tail_not_to_a_head_of_their_own(photos, cli):
+    folder = photos.parent
+    asked = ("my photos", *LENET, "--node", "s2:map", "--node", "bottleneck")
+    assert "featurepipe train" in cli("extract", *asked, cwd=folder).out
+    mirrored = cli("extract", *asked, "--mirrored", cwd=folder)
+    expected = "next: featurepipe finetune features --dataset my-photos --backbone lenet5 --from s2 --augment flip"
+    assert mirrored.out.splitlines()[-1] == f"{expected} --out my-photos-tuned"
+    without_maps = cli("extract", "my photos", *LENET, "--mirrored", "--store", "other", cwd=folder)
+    assert without_maps.code == 0
+    assert "next:" not in without_maps.out
+
+
 def test_in_python_messages_and_reasons_are_logged(photos, caplog):
     with caplog.at_level(logging.DEBUG, logger="featurepipe"):
         featurepipe.extract(photos, photos.parent / "store", backbone="lenet5", weights="none", silent=True)

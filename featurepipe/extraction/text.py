@@ -58,8 +58,31 @@ def text_and_next(record: Mapping[str, Any], store: str, backbone: str | None = 
     """
     lines = [text(record)]
     if record.get("status") == "done" and record["counts"]["listed"] > record["counts"]["rejected"]:
-        lines.append(next_command(record, store, backbone))
+        mirrored = record.get("options", {}).get("mirrored")
+        lines += _next_of_mirrored(record, store) if mirrored else [next_command(record, store, backbone)]
     return "\n".join(lines)
+
+
+def _next_of_mirrored(record: Mapping[str, Any], store: str) -> list[str]:
+    """The line that names what mirrored images are for, a tail tuned from them; none without activations to tune from."""
+    cuts = [column.removesuffix(":map") for column in record["columns"] if column.endswith(":map")]
+    if not cuts:
+        return []
+    network = record["backbone"]["name"]
+    words = [
+        "featurepipe",
+        "finetune",
+        store,
+        "--dataset",
+        record["dataset"],
+        "--backbone",
+        network,
+        "--from",
+        cuts[-1],
+    ]
+    trusted = ["--trust-code"] if ":" in network else []
+    words += [*trusted, "--augment", "flip", "--out", f"{record['dataset']}-tuned"]
+    return [f"next: {shlex.join(words)}"]
 
 
 def next_command(record: Mapping[str, Any], store: str, backbone: str | None = None) -> str:
