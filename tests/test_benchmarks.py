@@ -109,7 +109,7 @@ CHECKS = {"bench_flips": check_flips, "bench_decode": check_decode, "bench_selec
         ("bench_multilabel", {"times_faster", "equal_predictions"}),
         ("bench_targets", {"results"}),
         ("bench_routes", {"table", "starts", "tasks", "rank_correlations"}),
-        ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb"}),
+        ("bench_heads", {"times_faster", "streamed_times_in_memory", "streamed_peak_mb", "imagenet"}),
         ("bench_cluster", {"overhead_percent", "traffic_per_image", "features_times_limits", "objective_gap"}),
         ("layer_depth", {"columns", "results", "script"}),
     ],
@@ -132,6 +132,8 @@ def test_a_tiny_run_prints_one_json_document_with_its_figures(name, figures, lau
         ]
         assert list(result["results"]) == kinds
         assert result["results"]["number, by group"]["held out"]["r2"]["value"] > 0.3  # noise of three brightnesses
+    elif name == "bench_heads":
+        assert result["imagenet"]["gap_at_most"] <= 1e-5
     elif name == "bench_routes":
         assert {row["tested_on"] for row in result["table"]} == {"source", "shifted"}
         assert [task["task"] for task in result["tasks"]] == ["a", "b", "digits"]
