@@ -13,7 +13,7 @@
   same fits with the features in memory as float32. Peak memory is that of the process above what it held after its imports.
 - imagenet: one head of ImageNet's size, 1,281,167 x 2,048 float16 features of 1,000 classes in a file (5.2 GB), fitted under
   ``--memory 6GB``; how far above the optimum it is at most, by the gradient in float64. The features are made up: rectified,
-  with a spectrum that falls as that of real ones does, classes that overlap. ``--scale 0.1`` takes a tenth of the rows and classes.
+  with a spectrum that falls as that of real ones does, classes that overlap. ``--scale 0.1``: a tenth of the rows and classes.
 
 Each solver runs in a process of its own. The store comes from ``featurepipe extract``: Fashion-MNIST's 70,000 images through
 efficientnet_lite0, whose bottleneck is 1,280 wide. ``--arrays`` is a folder with features.npy and labels.npy instead. Without
