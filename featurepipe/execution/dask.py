@@ -25,6 +25,7 @@ from featurepipe.execution.executor import (
     Executor,
     Function,
     MapOptions,
+    Room,
     TaskResult,
     to_stderr,
     told,
@@ -59,7 +60,17 @@ class DaskExecutor(WorkerPool, Executor):
     ) -> Generator[Arrived[S, R], None, None]:
         with self._carried(context) as carried:
             attempt = Attempt(function, carried, self.requirements, secrets.token_hex(8))
-            yield from dispatch(self, shards, attempt, options)
+            yield from _Flow(self, shards, attempt, options).results()
+
+    def side_by_side(self, room: Room) -> int:
+        """See `Executor`."""
+        tasks = [room.tasks(worker.threads, worker.memory_limit) for worker in self.workers()]
+        least = min(tasks, default=0)
+        return max(sum(tasks), self.expected() * least) if least else 0
+
+    def read_once(self, read: Callable[[], Any]) -> Callable[[], Any]:
+        """See `Executor`."""
+        return read
 
     def rows(self, features: Any) -> SpreadFeatures:
         """See `Executor`."""
@@ -254,27 +265,6 @@ MOST_REFUSALS = 16
 """Of one task; then something is wrong with more than a few workers."""
 
 
-def dispatch(
-    pool: WorkerPool, shards: Iterator[S], attempt: Attempt[R], options: MapOptions
-) -> Generator[Arrived[S, R], None, None]:
-    """Has shards done by the workers, and yields their results as they arrive; see `Executor.map`.
-
-    Dask chooses the worker, moves a task when its worker dies, and tries again after an error that may pass. A worker that
-    `WorkerRefused` or the pool's requirements exclude is named, and its shard is done elsewhere. At the end, a shard that takes
-    far longer than the others is begun a second time, and the first result counts.
-
-    Args:
-        pool: the workers.
-        shards: pulled only when there is room.
-        attempt: what a worker does with a shard.
-        options: bounds of the flow, and when to stop. What does not heed ``stop`` is not waited for once it is not wanted.
-
-    Raises:
-        ClusterError: no worker is left, the scheduler is gone, or a shard kills its workers.
-    """
-    return _Flow(pool, shards, attempt, options).results()
-
-
 @dataclass
 class _Pending(Generic[S]):
     """A shard without a result, and the attempts at it."""
@@ -288,6 +278,12 @@ class _Pending(Generic[S]):
 
 
 class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
+    """Dask chooses the worker, moves a task when its worker dies, and tries again after an error that may pass.
+
+    A worker that `WorkerRefused` or the pool's requirements exclude is named, and its shard is done elsewhere. At the end, a
+    shard that takes far longer than the others is begun a second time, and the first result counts.
+    """
+
     def __init__(self, pool: WorkerPool, shards: Iterator[S], attempt: Attempt[R], options: MapOptions) -> None:
         super().__init__(shards, options)
         self.pool, self.attempt = pool, attempt
@@ -332,9 +328,7 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
         gone = set(before).difference(self.workers, self.pool.refused)
         for address in gone:
             self.pool.note_gone(address)
-        if (
-            gone
-        ):  # Dask begins their tasks anew; what kills workers would kill twice as many if it were doubled meanwhile
+        if gone:  # Dask begins their tasks anew; doubled meanwhile, what kills workers would kill twice as many
             for pending in self.pending.values():
                 pending.since = time.monotonic()
         if self.workers:

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from featurepipe.display import displayed
 from featurepipe.errors import ClusterError, FeaturepipeError
@@ -42,6 +43,10 @@ class Worker:
     memory: int = 0
     is_local: bool = True
     alone: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext, compare=False)
+
+    def live(self, report: Report) -> Report:
+        """Tells what counts only at once; from elsewhere it would come with the result, and is not told."""
+        return report if self.is_local else bool
 
     def signed(self, line: str) -> str:
         """A line for the user that says which worker it comes from; lines of this process stay as they are."""
@@ -113,6 +118,23 @@ class MapOptions:
     lookahead: int | None = None
     retries: int = 3
     interruptible: bool = True
+
+
+MEMORY_USED = 0.6
+"""Of a worker's memory limit: what tasks that go side by side may take; from there on Dask moves data to disk."""
+
+
+class Room(NamedTuple):
+    """What tasks that go side by side take, in bytes: what all of a process share, and what each takes beside it."""
+
+    shared: int
+    each: int
+
+    def tasks(self, threads: int, memory_limit: int) -> int:
+        """How many there may be at a time in a worker with so many threads, and so much memory, 0 for any."""
+        if not memory_limit:
+            return threads
+        return min(threads, max(0, int(MEMORY_USED * memory_limit - self.shared) // self.each))
 
 
 class Executor(ABC):
@@ -201,6 +223,10 @@ class Executor(ABC):
     def count(self) -> int:
         """How many workers are there now."""
 
+    def most_threads(self) -> int:
+        """How many threads a worker has at most, which is how many tasks one elsewhere takes at the same time."""
+        return max((worker.threads for worker in self.workers()), default=1)
+
     def expected(self) -> int:
         """How many workers to count on: those that are there, or may yet come; at least 1."""
         return max(self.count(), 1)
@@ -224,6 +250,18 @@ class Executor(ABC):
     def refuse(self, address: str, why: str) -> None:
         """Uses a worker no longer, and says so."""
 
+    def side_by_side(self, room: Room) -> int:
+        """How many tasks workers elsewhere can do at the same time, one a thread; 0 if one is too much for the smallest's memory.
+
+        Of a cluster that grows with its work, the workers that may yet come count, too.
+        """
+        del room
+        return 0
+
+    def read_once(self, read: Callable[[], Any]) -> Callable[[], Any]:
+        """What processes read alike, for a context: read now, since those of this machine share it; elsewhere by each of them."""
+        return partial(same, read())
+
     def rows(self, features: Any) -> Any:
         """Features where heads learn from them: as they are, or spread over the workers."""
         return features
@@ -235,6 +273,11 @@ class Executor(ABC):
     def describe_workers(self) -> dict[str, Any] | None:
         """The scheduler, and how many workers, threads and hosts there are, for a bundle; None for this process."""
         return None
+
+
+def same(value: Any) -> Any:
+    """What it is given."""
+    return value
 
 
 def _without_errors(results: Iterable[Arrived[S, R]], report: Report) -> Iterator[Arrived[S, R]]:

@@ -66,6 +66,7 @@ class LocalExecutor(Executor):
     """Maps functions in this process: one shard after the other, objects handed on as they are, errors not tried again."""
 
     is_local = True
+    threads = 0  # of a process; 0 for all of the machine
 
     def check(self, store: str | PathLike[str] | None = None) -> list[str]:
         """See `Executor`; there is nothing to refuse."""
@@ -74,8 +75,12 @@ class LocalExecutor(Executor):
 
     def workers(self) -> list[WorkerFacts]:
         """This process."""
-        threads, gpus = os.cpu_count() or 1, len(gpu_names())
+        threads, gpus = self.most_threads(), len(gpu_names())
         return [WorkerFacts(HERE, "", socket.gethostname(), os.getpid(), threads, 0, gpus, installed())]
+
+    def most_threads(self) -> int:
+        """See `Executor`."""
+        return self.threads or os.cpu_count() or 1
 
     def count(self) -> int:
         """One."""
@@ -84,7 +89,7 @@ class LocalExecutor(Executor):
     def _results(
         self, function: Function[R], shards: Iterator[S], context: Any, options: MapOptions
     ) -> Generator[Arrived[S, R], None, None]:
-        worker = Worker(threads=os.cpu_count() or 1)
+        worker = Worker(threads=self.most_threads())
         for number in count(1):
             if options.stop():  # asked before a shard is pulled, which may take long
                 return
@@ -172,7 +177,7 @@ class ProcessExecutor(LocalExecutor):
     def workers(self) -> list[WorkerFacts]:
         """The processes as they will be; they have no ids before they work."""
         [here] = super().workers()
-        return [replace(here, name=str(number), threads=self.threads) for number in range(self.processes)]
+        return [replace(here, name=str(number)) for number in range(self.processes)]
 
     def count(self) -> int:
         """See `Executor`."""

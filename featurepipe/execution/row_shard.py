@@ -139,11 +139,6 @@ def ask(order: bytes, changes: tuple[Change, ...], shard: Blocks, *rows: Array |
         return work(changed(shard, changes), *rows)
 
 
-def same(value: Any) -> Any:
-    """What it is given: a value that several tasks use travels as the result of a task of its own, which Dask can do again."""
-    return value
-
-
 def packed(array: Array) -> tuple[Array, int, np.dtype[Any]]:
     """An array (..., m) as it travels: zeros and ones as bits, other whole numbers in the smallest dtype.
 

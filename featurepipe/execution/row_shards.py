@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import ClusterError, UsageError
+from featurepipe.execution.executor import same
 from featurepipe.execution.row_shard import (
     Change,
     PlacedShard,
@@ -27,7 +28,6 @@ from featurepipe.execution.row_shard import (
     gang_run,
     keep,
     packed,
-    same,
     unpacked,
 )
 from featurepipe.heads.blocks import Array, ArrayBlocks, as_blocks
@@ -167,7 +167,7 @@ class WorkerRowShards:
 
         order: Any = dumps(work)
         if len(order) > _LARGE_BYTES:
-            order = self._submit(self.places[0], same, order)
+            order = self._submit(self.places[0], same, order)  # as a task's result, which Dask can make again
         return [self._submit(place, ask, order, self._placed.changes, *place.kept) for place in self.places]
 
     def _submit(self, place: PlacedShard | None, function: Callable[..., Any], *arguments: Any) -> Future[Any]:

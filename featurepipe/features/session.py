@@ -357,15 +357,13 @@ def settle_machine_for(executor: Executor, options: MachineOptions, decode: str 
     Raises:
         UsageError: no worker has the device asked for, or the request makes no sense.
     """
-    if executor.is_local:
-        return settle_machine(options, decode)
     answers = executor.each(torch.cuda.is_available)
     machine = settle_machine(
         options,
         decode,
         has_cuda=any(has is True for has in answers.values()),
         has_openvino=all(has is True for has in executor.each(openvino_is_installed).values()),
-        cpus=max((worker.threads for worker in executor.workers()), default=1),
+        cpus=executor.most_threads(),
     )
     if machine.device.startswith("cuda"):
         for address, has in answers.items():

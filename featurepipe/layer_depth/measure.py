@@ -20,7 +20,6 @@ from featurepipe.interrupt import stop_on_signals
 from featurepipe.layer_depth.journal import Journal, key_of
 from featurepipe.layer_depth.probes import Cell, Scores, measure_fold, scores_again
 from featurepipe.records import host, is_undisturbed, versions
-from featurepipe.store import FeatureStore
 
 if TYPE_CHECKING:
     from featurepipe.backbones import Backbone
@@ -90,10 +89,6 @@ class Measuring:
         """Decides by the largest column whether fits run side by side."""
         values = len(study.folds[0].train) * max(column.width for column in study.columns)
         return cls(study, values > SMALL_VALUES)
-
-    def __getstate__(self) -> dict[str, Any]:
-        there = replace(self.study, store=FeatureStore(self.study.store.path.absolute()))
-        return {"study": there, "wide": self.wide}
 
     @contextmanager
     def on_cores(self, worker: Worker, columns: Sequence[str]) -> Iterator[Study]:
@@ -176,8 +171,9 @@ def measure(
     left = sum(len(work.heads) for work in missing)
     try:
         executor = executor or LocalExecutor()
-        ends_at_once = stopped_at_once() if executor.is_local else nullcontext()  # also between two results
-        with ends_at_once, closing(_measured(study, missing, jobs, executor)) as results:
+        if missing:
+            executor.check(study.store.path)
+        with ending_at_once(executor) as stop, closing(_measured(study, missing, jobs, executor, stop)) as results:
             for work, cells in results:
                 journal.add(work.key, cells)
                 left -= len(cells)
@@ -215,25 +211,20 @@ def _cells(study: Study, journal: Journal, key: str, head: str) -> list[Cell]:
 
 
 def _measured(
-    study: Study, missing: Sequence[Work], jobs: int | None, executor: Executor
+    study: Study, missing: Sequence[Work], jobs: int | None, executor: Executor, stop: Stop
 ) -> Generator[tuple[Work, list[Cell]], None, None]:
-    """Cells as they come: small features side by side on one thread each, large ones one after the other on all.
-
-    A signal ends what workers elsewhere do at once: what is measured is kept, what they are at is measured again.
-    """
+    """Cells as they come: small features side by side on one thread each, large ones one after the other on all."""
     if not missing:
         return
     context, beside = Measuring.of(study), 1
     if executor.is_local:
         yield from _measured_here(executor, context, missing, jobs or os.cpu_count() or 1)
         return
-    executor.check(study.store.path)
     if not context.wide:
-        beside = max((worker.threads for worker in executor.workers()), default=1)
-    with raising_stop() as stop:
-        mapped = executor.map(measure_cells, missing, context=context, stop=stop, in_flight=beside + 1)
-        with closing(mapped) as results:
-            yield from results
+        beside = executor.most_threads()
+    mapped = executor.map(measure_cells, missing, context=context, stop=stop, in_flight=beside + 1)
+    with closing(mapped) as results:
+        yield from results
 
 
 def _measured_here(
@@ -268,16 +259,17 @@ def _measured_here(
 
 
 @contextmanager
-def stopped_at_once() -> Iterator[None]:
-    """A signal ends the block there and then, also in the middle of a long fit or of a journal's line, which is passed over."""
-    with stop_on_signals() as asked, asked.raised():
-        yield
+def ending_at_once(executor: Executor) -> Iterator[Stop]:
+    """A signal ends the work there and then: what is measured is kept, what is under way is measured again.
 
-
-@contextmanager
-def raising_stop() -> Iterator[Stop]:
-    """What, asked by an executor after a signal, ends there and then what workers elsewhere do."""
+    In this process also between two results, in the middle of a long fit, or of a journal's line, which is passed over.
+    Elsewhere as soon as the executor asks.
+    """
     with stop_on_signals() as asked:
+        if executor.is_local:
+            with asked.raised():
+                yield bool
+            return
 
         def stop() -> bool:
             if asked():

@@ -167,7 +167,7 @@ class FeatureStore:
         return frame
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path]]:
-        return FeatureStore, (self.path,)  # what is known of the parts can be read again
+        return FeatureStore, (self.path.absolute(),)  # elsewhere are other working folders; parts are read again
 
     def _made(self, name: str) -> Path:
         """Makes the store and a folder in it, to write into; readers must not come here."""

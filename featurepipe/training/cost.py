@@ -57,9 +57,14 @@ class Cost:
     search_seconds: float | None = None
 
     @property
+    def is_spread(self) -> bool:
+        """Whether the rows are spread over a cluster's workers."""
+        return self.cluster is not None
+
+    @property
     def text(self) -> str:
         """One line for people."""
-        if self.cluster is not None:
+        if self.is_spread:
             limit = "" if self.budget_bytes is None else f", {size(self.budget_bytes)} allowed at each"
             spread = f"{self.rows:,} x {self.width:,} features, spread over the workers of {self.cluster}{limit}: {self.solver}"
             return f"{spread}; {_fits(self.fits)}, whose time is not estimated on a cluster"

@@ -299,7 +299,7 @@ def publish(
     tested = test(bundle, task)
     features, division = task.features, task.division
     near = None
-    if tested and features.groups is None and task.cost.cluster is None:
+    if tested and features.groups is None and not task.cost.is_spread:
         near = near_training(features, division.final, division.test, seed=task.seed)
     calibrated = asdict(calibration) if isinstance(calibration, Calibration) else calibration
     if tested and tested.get("untested"):

@@ -177,11 +177,11 @@ def timed(task: Task, recipe: Recipe, options: TrainOptions, say: Callable[[str]
         task = replace(task, cost=replace(task.cost, fits=fits + tries + shares))
         say(f"values are selected first: the time is not estimated; {task.cost.text}")
         return task
-    if task.cost.cluster is None:
+    if task.cost.is_spread:
+        task = replace(task, cost=replace(task.cost, fits=fits + tries))
+    else:
         say("estimating the time from a few fits")
         task = replace(task, cost=_timed(task, recipe, fits=fits, tries=tries, jobs=options.jobs))
-    else:
-        task = replace(task, cost=replace(task.cost, fits=fits + tries))
     say(task.cost.text)
     return task
 

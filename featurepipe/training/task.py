@@ -145,7 +145,7 @@ class Task:
     def rows(self, positions: npt.NDArray[Any]) -> FeatureSet | SpreadFeatures:
         """Some rows, to be learned from or scored: spread over the workers if that is how the fits run."""
         chosen = self.features.take(positions)
-        rows: FeatureSet | SpreadFeatures = chosen if self.cost.cluster is None else self.executor.rows(chosen)
+        rows: FeatureSet | SpreadFeatures = self.executor.rows(chosen) if self.cost.is_spread else chosen
         return rows
 
     def folds(self, count: int | None = None) -> Sequence[Fold]:

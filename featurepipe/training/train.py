@@ -213,7 +213,7 @@ def train(
         return {**task.as_dict(), "bottleneck": task.features.origin.bottleneck, **asked}
     space = source.space(task.features.space_fingerprint)
     file = weights.get(space.fingerprint) if isinstance(weights, Mapping) else weights
-    elsewhere = options.tune or task.cost.cluster is not None
+    elsewhere = options.tune or task.cost.is_spread
     trusted = trust_code or backbone == space.backbone  # which the user has named
     with (
         weights_copy(space, file, trust_code=trusted) as own_weights,

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import Pipeline
 
 from featurepipe.display import counted
+from featurepipe.execution.executor import Room
 from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.heads.statistics.regression import quadratic_kappa
@@ -26,9 +28,10 @@ from featurepipe.progress import Paced, Progress, beating, duration, spoken, too
 from featurepipe.training.fit import constant_columns, refusals, threads_for
 from featurepipe.training.splits import Fold
 from featurepipe.training.task import weighted
-from featurepipe.training.trials import DataElsewhere, DataHere, Room, fits_at_once, try_all
+from featurepipe.training.trials import TrialRows, try_all
 
 if TYPE_CHECKING:
+    from featurepipe.store.views import FeatureSet
     from featurepipe.training.task import Recipe, Task
 
 Array = npt.NDArray[Any]
@@ -191,7 +194,7 @@ def _shares_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], grid: Mapp
         return False
     rows, _ = _pool(folds, parts=2)
     small = len(rows) * task.features.shape[1] <= SMALL_VALUES
-    return not (small and fits_at_once(task.executor, _room(task, recipe, rows, folds)))
+    return not (small and task.executor.side_by_side(_room(task, recipe, rows, folds)))
 
 
 def grid_size(recipe: Recipe) -> int:
@@ -315,29 +318,25 @@ def _each_by_itself(
     fit = _boosted if recipe.head == "xgboost" else _plain
     points = list(ParameterGrid(grid))
     rows, places = _pool(folds, parts=2)
+    answers = None if task.targets is None else task.targets[rows]
+    read: Callable[[], Any] = partial(rows_in_memory, task.features.take(rows), answers)
     room = _room(task, recipe, rows, folds)
-    there = fits_at_once(task.executor, room)
-    if there:
-        answers = None if task.targets is None else task.targets[rows]
-        elsewhere = DataElsewhere(task.features.take(rows), places, fit, room, answers)
-        results = try_all(task.executor, elsewhere, _heads(_on_one_core(recipe), points), told)
-        how = f"each by itself, {there} at a time on the cluster"
-    elif task.cost.solver == "blocks":
-        heads = _heads(recipe, points, out_of_core=True, memory=task.cost.budget_bytes)
-        blocks = Answered(task.rows(rows), task.answers(rows), task.weights(rows))
-        results = try_all(LocalExecutor(), DataHere(blocks, places, fit), heads, told)
-        how = "each by itself, 1 at a time"
+    if count := task.executor.side_by_side(room):
+        data = TrialRows(task.executor.read_once(read), places, fit, room)
+        results = try_all(task.executor, data, _heads(_on_one_core(recipe), points), told)
+        how = f"each by itself, {count} at a time on the cluster"
     else:
-        jobs = min(jobs, max(1, (task.cost.budget_bytes or 0) // max(1, task.cost.in_memory_bytes)))
-        arrays = (task.features.take(rows).read(np.float32), task.answers(rows), task.weights(rows))
-        here = DataHere(arrays, places, fit)
-        heads = _heads(recipe, points, memory=task.cost.budget_bytes)
-        processes = (
-            LocalExecutor() if jobs == 1 else ProcessExecutor(jobs, threads=max(1, (os.cpu_count() or 1) // jobs))
-        )
-        with threads_for(here.data[0].shape) if jobs == 1 else nullcontext():
-            results = try_all(processes, here, heads, told)
-        how = f"each by itself, {jobs} at a time"
+        blocks, budget = task.cost.solver == "blocks", task.cost.budget_bytes
+        if blocks:
+            read = partial(Answered, task.rows(rows), task.answers(rows), task.weights(rows))
+        count = 1 if blocks else min(jobs, max(1, (budget or 0) // max(1, task.cost.in_memory_bytes)))
+        threads = max(1, (os.cpu_count() or 1) // count)
+        executor = LocalExecutor() if count == 1 else ProcessExecutor(count, threads=threads)
+        data = TrialRows(executor.read_once(read), places, fit)
+        heads = _heads(recipe, points, out_of_core=blocks, memory=budget)
+        with threads_for((len(rows), task.features.shape[1])) if count == 1 and not blocks else nullcontext():
+            results = try_all(executor, data, heads, told)
+        how = f"each by itself, {count} at a time"
     each = len(folds)
     measure = "rmse" if task.is_numeric else "map" if task.is_multilabel else "accuracy"
     measure = "quadratic_kappa" if task.is_ordered else measure
@@ -378,6 +377,12 @@ def _quality(predicted: Array, answers: Array) -> float:
     if answers.dtype.kind == "f":
         return float(np.sqrt(np.mean((predicted - answers) ** 2)))
     return float(np.mean(predicted == answers))
+
+
+def rows_in_memory(features: FeatureSet, answers: Array | None = None) -> tuple[Array, Array, Array | None]:
+    """Features (n, D), float32; their labels, or other answers (n,) or (n, K); and weights, if there are any."""
+    values, labels = features.numpy()
+    return values, np.asarray(labels if answers is None else answers), features.weights  # all rows have labels
 
 
 class Answered(NamedTuple):

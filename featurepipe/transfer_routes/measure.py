@@ -21,7 +21,7 @@ from featurepipe.errors import Interrupted, Message
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
 from featurepipe.layer_depth.folds import Fold
 from featurepipe.layer_depth.journal import Journal
-from featurepipe.layer_depth.measure import Series, raising_stop, stopped_at_once
+from featurepipe.layer_depth.measure import Series, ending_at_once
 from featurepipe.layer_depth.phases import divisions_of, fit_seconds
 from featurepipe.layer_depth.probes import Cell
 from featurepipe.layer_depth.study import PRETRAINED, Study
@@ -69,8 +69,7 @@ def measure_trial(
     """Measures one route on one draw, alone on all cores: time and memory count. Here it reports what it is at, as text."""
 
     def at(text: str) -> None:
-        if worker.is_local:  # from elsewhere it would come with the result
-            report(f"{trial}: {text}")
+        worker.live(report)(f"{trial}: {text}")
 
     with worker.alone(), nullcontext() if worker.is_local else threadpool_limits(worker.threads):
         fold = context.study.draws[trial.size, trial.seed]
@@ -283,7 +282,7 @@ def measure_routes(
     try:
         executor.check(context.every.store.path)
         queue.tell(queue.beyond(), "")
-        with _ends_at_once(executor) as stop:
+        with ending_at_once(executor) as stop:
             mapped = executor.map(
                 measure_trial, queue.in_order(), context=context, stop=stop, report=partial(progress.advance, 0),
                 in_flight=1, interruptible=not executor.is_local,
@@ -397,17 +396,6 @@ def _urgency(context: RoutesContext, trial: RouteTrial, seconds: float) -> tuple
     """
     own = trial.size == context.study.sizes[-1].name
     return trial.route.kind == SCRATCH, seconds * (trial.seed + 1) / (2 if own else 1)
-
-
-@contextmanager
-def _ends_at_once(executor: Executor) -> Iterator[Stop]:
-    """A signal ends a trial there and then; what is measured is kept, what is under way is measured again."""
-    if executor.is_local:
-        with stopped_at_once():
-            yield bool
-    else:
-        with raising_stop() as stop:
-            yield stop
 
 
 def _known(journal: Journal, trial: RouteTrial) -> Cell | None:

@@ -205,9 +205,7 @@ def routes(
         with _showing("settling routes", silent=silent):
             study = settle_routes(found, options, labels, say)
             loaded = _with_weights(found, plan, trust_code)
-            context, ways = _context(
-                found, study, plan, options, loaded, extraction or {}, say, is_local=executor.is_local
-            )
+            context, ways = _context(found, study, plan, options, loaded, extraction or {}, say, executor)
         say(
             f"{study.every.what}, {len(study.test):,} of them to test on; routes: {', '.join(way.name for way in ways)}"
         )
@@ -391,8 +389,7 @@ def _context(
     loaded: _Loaded | UsageError,
     extraction: Mapping[str, Any],
     say: Callable[[str], None],
-    *,
-    is_local: bool,
+    executor: Executor,
 ) -> tuple[RoutesContext, list[Route]]:
     """What trials have in common, and the routes that can be taken."""
     kinds = [kind for kind in options.kinds if kind not in plan.unable]
@@ -416,7 +413,7 @@ def _context(
             None if found.is_held else found.request.source, found.request.test_source, extraction, machine.device,
             machine.workers, precision_of(options.tuning(FULL), machine),
         )  # fmt: skip
-        if why := _unlisted(study, images) or (_lacks_room(network, options, machine) if is_local else ""):
+        if why := _unlisted(study, images) or (_lacks_room(network, options, machine) if executor.is_local else ""):
             for kind in from_images:
                 plan.refuse(kind, why, options)
                 kinds.remove(kind)

@@ -155,11 +155,6 @@ class RoutesContext:
     labels: Array | None = field(default=None, compare=False)
     images: RoutesImages | None = field(default=None, compare=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        every = self.study.every
-        there = replace(every, store=FeatureStore(every.store.path.absolute()))
-        return {**self.__dict__, "study": replace(self.study, every=there)}
-
     @property
     def every(self) -> Study:
         """All images."""

@@ -306,11 +306,11 @@ class _Reported:
 
     def __init__(self, shard: CutRun, what: str, worker: Worker, report: Report) -> None:
         self._shard, self._what, self._worker, self._report = shard, what, worker, report
+        self._live = worker.live(report)
 
     def advance(self, images: int, bottleneck: str = "") -> None:
         """So many steps more were made."""
-        if self._worker.is_local:
-            self._report((self._shard, images, bottleneck))
+        self._live((self._shard, images, bottleneck))
 
     def say(self, message: str) -> None:
         """A line for the user."""

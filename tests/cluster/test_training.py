@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +15,18 @@ import pytest
 
 from featurepipe.errors import ClusterError, UsageError
 from featurepipe.evaluation.evaluate import evaluate
-from featurepipe.execution import connect
+from featurepipe.execution import connect, executor
 from featurepipe.execution.dask import cluster_name
+from featurepipe.execution.executor import Room
 from featurepipe.heads import RBFSVM
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.prediction.from_store import predict_features
 from featurepipe.progress import Silent
-from featurepipe.training import trials, tuning
+from featurepipe.training import tuning
 from featurepipe.training.text import cost_text, train_text
 from featurepipe.training.train import train
-from featurepipe.training.trials import DataElsewhere, Room, fits_at_once, try_all
+from featurepipe.training.trials import TrialRows, try_all
+from featurepipe.training.tuning import rows_in_memory
 from tests.conftest import Processes
 
 NODES = ["a:gap", "b:gap"]
@@ -176,7 +179,7 @@ def test_a_large_search_shares_its_passes(zoo, pair, monkeypatch):
 @pytest.mark.slow
 def test_a_search_too_large_for_a_worker_goes_over_spread_features(zoo, pair, monkeypatch):
     zoo.write([*zoo.images("train", 60), *zoo.images("test", 20)])
-    monkeypatch.setattr(trials, "MEMORY_USED", 1e-9)
+    monkeypatch.setattr(executor, "MEMORY_USED", 1e-9)
     here, there, _, _ = pair(head="ridge", tune=True)
     assert there["search"]["how"].endswith("each by itself, 1 at a time")
     assert there["params"] == here["params"]
@@ -185,19 +188,19 @@ def test_a_search_too_large_for_a_worker_goes_over_spread_features(zoo, pair, mo
 @pytest.mark.slow
 def test_trees_too_large_for_a_worker_stop_early_over_spread_features(zoo, pair, monkeypatch):
     zoo.write([*zoo.images("train", 60), *zoo.images("test", 20)])
-    monkeypatch.setattr(trials, "MEMORY_USED", 1e-9)
+    monkeypatch.setattr(executor, "MEMORY_USED", 1e-9)
     _, there, _, _ = pair(head="xgboost", params={"max_depth": 3, "min_child_weight": 1.0}, tune=True)
     assert 1 < there["params"]["n_estimators"] < 1000
 
 
 def test_memory_decides_how_many_fits_there_are_at_a_time(dask_executor, monkeypatch):
     limit = dask_executor.workers()[0].memory_limit
-    assert fits_at_once(dask_executor, Room(0, 1)) == 2  # one a thread
-    assert fits_at_once(dask_executor, Room(int(0.5 * limit), int(0.05 * limit))) == 2
-    assert fits_at_once(dask_executor, Room(int(0.5 * limit), int(0.2 * limit))) == 0
+    assert dask_executor.side_by_side(Room(0, 1)) == 2  # one a thread
+    assert dask_executor.side_by_side(Room(int(0.5 * limit), int(0.05 * limit))) == 2
+    assert dask_executor.side_by_side(Room(int(0.5 * limit), int(0.2 * limit))) == 0
     workers = [replace(worker, memory_limit=0, threads=3) for worker in dask_executor.workers()]  # without limits
     monkeypatch.setattr(dask_executor, "workers", lambda: workers)
-    assert fits_at_once(dask_executor, Room(limit, limit)) == 6
+    assert dask_executor.side_by_side(Room(limit, limit)) == 6
 
 
 def test_the_bundle_names_the_cluster(zoo, pair):
@@ -277,7 +280,7 @@ def test_clients_and_executors_are_named_by_their_scheduler(dask_executor):
 def test_workers_that_may_yet_come_count(cluster_address):
     with connect(cluster_address) as dask_executor:
         dask_executor.most = 5
-        assert fits_at_once(dask_executor, Room(0, 1)) == 5
+        assert dask_executor.side_by_side(Room(0, 1)) == 5
 
 
 def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, launcher, tmp_path):
@@ -301,8 +304,8 @@ def test_a_worker_has_no_more_fits_at_a_time_than_its_memory_permits(zoo, launch
         dask_executor.wait_for_workers(2)
         each = int(0.2 * dask_executor.workers()[0].memory_limit)
         folds = [(rows[:60], rows[60:]), (rows[60:], rows[:60])]
-        data = DataElsewhere(features, folds, fit, Room(each, each))
-        assert fits_at_once(dask_executor, data.room) == 4
+        data = TrialRows(partial(rows_in_memory, features), folds, fit, Room(each, each))
+        assert dask_executor.side_by_side(data.room) == 4
         found = try_all(dask_executor, data, [RBFSVM(C=float(c)) for c in range(1, 9)], Silent())
     assert found == [(float(c), 120, size) for c in range(1, 9) for size in (60, 60)]
     events = sorted((float(when), who, int(step)) for who, when, step in map(str.split, log.read_text().splitlines()))

@@ -559,7 +559,7 @@ def test_a_long_search_says_how_far_it_is_and_how_long_it_takes_yet():
     from sklearn.naive_bayes import GaussianNB
 
     from featurepipe.execution.local import LocalExecutor
-    from featurepipe.training.trials import DataHere, try_all
+    from featurepipe.training.trials import TrialRows, try_all
     from featurepipe.training.tuning import _Said
 
     now, said = [0.0], []
@@ -569,7 +569,7 @@ def test_a_long_search_says_how_far_it_is_and_how_long_it_takes_yet():
         return head.var_smoothing, len(data[train]), len(check)
 
     rows = np.arange(6)
-    data = DataHere(rows, [(rows[2:], rows[:2]), (rows[:3], rows[3:])], fit)
+    data = TrialRows(lambda: rows, [(rows[2:], rows[:2]), (rows[:3], rows[3:])], fit)
     heads = [GaussianNB(var_smoothing=value) for value in (0.1, 0.2, 0.3)]
     found = try_all(LocalExecutor(), data, heads, _Said(6, said.append, clock=lambda: now[0]))
     assert found == [(value, *rows) for value in (0.1, 0.2, 0.3) for rows in ((4, 2), (3, 3))]
