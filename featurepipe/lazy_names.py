@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.abc import Loader, MetaPathFinder
@@ -49,6 +50,23 @@ def former_modules(package: str, homes: Mapping[str, str]) -> None:
         2048
     """
     sys.meta_path.append(_FormerModules({f"{package}.{old}": f"{package}.{new}" for old, new in homes.items()}))
+
+
+def former_method(former: str, now: str, **arguments: str) -> Callable[..., Any]:
+    """A method by its former name: it warns with `DeprecationWarning`, and calls the one of today.
+
+    Args:
+        former: The name.
+        now: That of the method today.
+        **arguments: Today's name of each argument that had another.
+    """
+
+    def called(self: Any, *values: Any, **named: Any) -> Any:
+        kind = type(self).__name__
+        warnings.warn(f"{kind}.{former} is now {kind}.{now}", DeprecationWarning, stacklevel=2)
+        return getattr(self, now)(*values, **{arguments.get(name, name): value for name, value in named.items()})
+
+    return called
 
 
 class _FormerModules(MetaPathFinder, Loader):

@@ -48,8 +48,8 @@ WORDS = (
     Word(r"\b(SLICE|LONGEST_SLICE)\b|(?<!\")\b[Ss]lices\b(?!\")(?=.* (listing|workers?|tasks?)\b)", "shard, task"),
     Word(r"\bWanted\b", "ComparisonRequest, missing columns"),
     Word(r"\bclass Order\b|\b[Aa]n order (says|travels|goes)\b", "work, shard"),
-    Word(r"\.shared\(\)|\bdef shared\b|\bshare_out\b|\brow_shard as share\b", "row_shards"),
-    Word(r"\bparts_of_share\b|\bshare_prefix\b|\"share-\"", "shard"),
+    Word(r"\.shared\(\)|\bdef shared\b|\bshare_out\b|\brow_shard as share\b", "row_shards", r"\balias"),
+    Word(r"\bparts_of_share\b|\bshare_prefix\b|\"share-\"", "shard", r"\bformer|\balias"),
     Word(r"\b(a|each|the) share's (rows|features)\b|\bin a share\.|\bshares of a spread\b|\bprepared\.shares\b", "shard"),
     Word(r"\btasks shard\b|\bprocesses shard\b", "share, as a verb"),
 )  # fmt: skip

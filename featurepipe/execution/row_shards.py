@@ -31,6 +31,7 @@ from featurepipe.execution.row_shard import (
     unpacked,
 )
 from featurepipe.heads.blocks import Array, ArrayBlocks, as_blocks
+from featurepipe.lazy_names import former_method
 from featurepipe.store.views import FeatureSet
 
 if TYPE_CHECKING:
@@ -307,6 +308,8 @@ class SpreadFeatures:
         if self._shards is None or there != {place.worker for place in self._shards.places}:
             self._shards = WorkerRowShards(self.pool, self._placed)
         return self._shards
+
+    shared = former_method("shared", "row_shards")
 
     def _placed(self) -> Placement:
         self.pool.wait_for_workers()

@@ -10,6 +10,7 @@ import re
 import secrets
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurepipe.errors import CorruptPart, StoreError, UsageError, unknown
+from featurepipe.lazy_names import former_method
 from featurepipe.store.atomic import checked_folder, is_folder, listed, sync_folder, write_json
 from featurepipe.store.documents import SpaceDocument, checked_dataset, checked_run_id, read_document
 from featurepipe.store.keys import KNOWN_FILES, KeyIndex, Keys, append_rejects, known_files, read_rejects
@@ -322,6 +324,8 @@ class Space:
                 found.append(read_part(path))
         return found
 
+    parts_of_share = former_method("parts_of_share", "parts_of_shard", share="shard")
+
     @property
     def damaged(self) -> dict[str, str]:
         """Parts that cannot be read, with the reason; their rows count as absent."""
@@ -381,6 +385,7 @@ class Space:
         part_bytes: int = DEFAULT_PART_BYTES,
         part_seconds: float = DEFAULT_PART_SECONDS,
         on_overflow: Callable[[str], None] | None = None,
+        share: str | None = None,
     ) -> PartWriter:
         """Opens a writer of new parts, to be used as a context manager.
 
@@ -391,7 +396,11 @@ class Space:
             part_bytes: Commit when this much is waiting.
             part_seconds: Commit when a row has waited this long.
             on_overflow: Called once for each column that float16 cannot hold.
+            share: The former name of ``shard``; warns.
         """
+        if share is not None:
+            warnings.warn("the argument share of Space.writer is now shard", DeprecationWarning, stacklevel=2)
+            shard = share
         dtype = self.fields.get("dtype")
         if dtype not in {"float16", "float32"}:
             raise UsageError(f"the feature space's dtype must be 'float16' or 'float32', not {dtype!r}")
