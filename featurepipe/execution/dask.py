@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 R = TypeVar("R")
-
 INLINE_BYTES = 1 << 16
 """A context up to this size travels with every shard; a larger one is kept in a file of the store, for as long as it is used.
 
@@ -256,7 +255,7 @@ STRAGGLING = 3.0
 """At the end, a task that takes so many times the usual is begun a second time."""
 
 RESULT_SECONDS = 10.0
-"""How long to wait for a result that is there; a worker that dies just then has it computed anew elsewhere."""
+"""How long to wait for a result that is there, and until a worker that did not hand one over is asked again."""
 
 PAUSED_SECONDS = 30.0
 """From when on workers are looked at that send nothing: one whose memory is nearly full takes no task, and does not say so."""
@@ -291,6 +290,8 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
         self.seconds: list[float] = []
         self.workers: list[str] = []
         self.stopping = self.late = False
+        self.aside: list[tuple[int, Future[TaskResult[R]]]] = []  # results that could not be had
+        self.silent: dict[str, float] = {}  # workers that did not hand one over, and when they are asked again
         self.alone_since = time.monotonic()
         self.next_look = 0.0
         self.next_look_at_paused = time.monotonic() + PAUSED_SECONDS
@@ -314,6 +315,9 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
         if time.monotonic() < self.next_look:
             return
         self.next_look = time.monotonic() + LOOK_SECONDS
+        aside, self.aside = self.aside, []
+        for number, future in aside:
+            self._await(number, future)
         self._count_workers()
         if self.stopping:
             self._call_back()
@@ -334,9 +338,7 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
         if self.workers:
             self.alone_since = time.monotonic()
         elif self.pending and time.monotonic() - self.alone_since > self.pool.patience:
-            raise self.pool.no_worker(
-                f"{len(self.pending)} tasks are not done, the first: {told(self._oldest().shard)}"
-            )
+            raise self.pool.no_worker(self._undone())
 
     def _look_at_paused(self) -> None:
         """Tells of workers that have no memory left to begin a task with.
@@ -351,14 +353,13 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
         are_paused = len(paused) == len(self.workers) > 0
         if are_paused and self.were_paused:
             raise ClusterError(
-                f"{len(self.pending)} tasks are not done, the first: {told(self._oldest().shard)}; no worker has the memory to "
-                f"begin one: {'; '.join(paused)}. Give workers more memory, or start fewer on a machine, and give the same "
-                "command again: it goes on where it was"
+                f"{self._undone()}; no worker has the memory to begin one: {'; '.join(paused)}. Give workers more memory, or "
+                "start fewer on a machine, and give the same command again: it goes on where it was"
             )
         self.were_paused = are_paused
 
-    def _oldest(self) -> _Pending[S]:
-        return self.pending[min(self.pending)]
+    def _undone(self) -> str:
+        return f"{len(self.pending)} tasks are not done, the first: {told(self.pending[min(self.pending)].shard)}"
 
     def _call_back(self) -> None:
         """Tells running tasks to come back, also in workers that have just come; what no worker has or may do is given up."""
@@ -401,14 +402,14 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
             return found
 
     def _take(self, number: int, future: Future[TaskResult[R]]) -> Iterator[Arrived[S, R]]:
-        self.next_look_at_paused, self.were_paused = time.monotonic() + PAUSED_SECONDS, False
         pending = self.pending.get(number)
         if pending is None or future not in pending.futures:
             return  # another attempt was first
-        answer = self._answer(pending, future)
+        answer = None if self._is_silent(future) else self._answer(pending, future)
         if answer is None:
-            self._await(number, future)
+            self.aside.append((number, future))
             return
+        self.next_look_at_paused, self.were_paused = time.monotonic() + PAUSED_SECONDS, False
         if answer.refused:
             self._elsewhere(number, future, answer)
             return
@@ -422,15 +423,32 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
         yield number, pending.shard, answer
 
     def _answer(self, pending: _Pending[S], future: Future[TaskResult[R]]) -> TaskResult[R] | None:
-        """What an attempt has come to; None if its worker has just died, and Dask makes it again."""
+        """What an attempt has come to; None if its worker does not answer, or has died, and Dask makes it again."""
         try:
             return self.pool.result(future, told(pending.shard), RESULT_SECONDS)
         except OSError as error:
             if future.status == "error":
                 raise  # the work's own
             if isinstance(error, TimeoutError):
+                self.silent |= dict.fromkeys(self._holders(future), 0.0)
                 return None
             raise self.pool.scheduler.lost() from error
+
+    def _holders(self, future: Future[TaskResult[R]]) -> list[str]:
+        return list(self.pool.scheduler.ask("who_has", keys=[future.key]).get(str(future.key), ()))
+
+    def _is_silent(self, future: Future[TaskResult[R]]) -> bool:
+        """Whether the worker that has a result did not hand over another one and does not answer, as it is asked now and then.
+
+        Else each result of a worker that stands still would hold the client up by `RESULT_SECONDS`.
+        """
+        holders = self._holders(future) if self.silent else []
+        for address in self.silent.keys() & holders:
+            if time.monotonic() >= self.silent[address]:
+                del self.silent[address]
+                if isinstance(self.pool.each(bool, [address], LOOK_SECONDS)[address], Exception):
+                    self.silent[address] = time.monotonic() + RESULT_SECONDS
+        return bool(self.silent.keys() & holders)
 
     def _elsewhere(self, number: int, future: Future[TaskResult[R]], answer: TaskResult[R]) -> None:
         """Has a task done by another worker than the one that is refused."""
@@ -464,7 +482,7 @@ class _Flow(BoundedFlow[S, _Pending[S], R], Generic[S, R]):
         late = [n for n, p in self.pending.items() if len(p.futures) == 1 and time.monotonic() - p.since > patience]
         if not late:
             return
-        free = self.pool.idle(self.workers)
+        free = self.pool.idle(set(self.workers).difference(self.silent))
         for number in late[: len(free)]:
             self._submit(number, free)
 

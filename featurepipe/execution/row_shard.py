@@ -23,7 +23,7 @@ from featurepipe.display import bytes_of
 from featurepipe.errors import ClusterError, FeaturepipeError, WorkerRefused
 from featurepipe.execution.executor import RETURN_SECONDS, Report, Stop, TaskResult, Worker
 from featurepipe.execution.worker import Attempt, Requirements, ask_to_stop
-from featurepipe.heads.blocks import Array, Blocks, in_memory
+from featurepipe.heads.blocks import Array, Blocks, SameShape, in_memory
 from featurepipe.heads.row_shards import Rank
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _KEEPING = threading.Lock()  # else two shards that move to one worker would bot
 
 
 @dataclass(frozen=True)
-class StoredRows:
+class StoredRows(SameShape):
     """Some neighbouring rows of features as ``Blocks``, read from where they are stored.
 
     Attributes:
@@ -51,18 +51,6 @@ class StoredRows:
 
     source: Any
     first: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and values a row."""
-        rows, width = self.source.shape
-        return rows, width
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As the values are stored."""
-        dtype: np.dtype[Any] = np.dtype(self.source.dtype)
-        return dtype
 
     def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
         """Reads some of the rows, numbered from 0."""

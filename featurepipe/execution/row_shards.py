@@ -30,7 +30,7 @@ from featurepipe.execution.row_shard import (
     packed,
     unpacked,
 )
-from featurepipe.heads.blocks import Array, ArrayBlocks, as_blocks
+from featurepipe.heads.blocks import Array, ArrayBlocks, SameShape, as_blocks
 from featurepipe.lazy_names import former_method
 from featurepipe.store.views import FeatureSet
 
@@ -233,7 +233,7 @@ def spread(features: Any, pool: WorkerPool) -> SpreadFeatures:
     return SpreadFeatures(features, pool)
 
 
-class SpreadFeatures:
+class SpreadFeatures(SameShape):
     """``Blocks`` whose rows a pool's workers keep, in contiguous shards, one a worker.
 
     Shards are cut when they are first needed, and again when a later fit finds other workers; within a fit they stay, so that
@@ -242,12 +242,13 @@ class SpreadFeatures:
 
     Attributes:
         features: What is spread.
+        source: The same as blocks.
         pool: Over whose workers.
     """
 
     def __init__(self, features: Any, pool: WorkerPool) -> None:
         self.features, self.pool = features, pool
-        self._blocks: Any = as_blocks(features)
+        self.source: Any = as_blocks(features)
         self._shards: WorkerRowShards | None = None
 
     def __repr__(self) -> str:
@@ -257,31 +258,19 @@ class SpreadFeatures:
         return self.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and values a row."""
-        rows, width = self._blocks.shape
-        return rows, width
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As the values are stored."""
-        dtype: np.dtype[Any] = np.dtype(self._blocks.dtype)
-        return dtype
-
-    @property
     def labels(self) -> Any:
         """(n,) labels that the features carry, or None."""
         return getattr(self.features, "labels", None)
 
     def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
         """Reads rows here, not at the workers."""
-        return np.asarray(self._blocks.read(dtype, rows=rows))
+        return np.asarray(self.source.read(dtype, rows=rows))
 
     def take(self, positions: Any) -> SpreadFeatures:
         """Some rows (positions in any order, a mask, a slice), spread over the same pool."""
         take = getattr(self.features, "take", None)
         if take is None or isinstance(self.features, np.ndarray):
-            return SpreadFeatures(self._blocks.read(None, rows=positions), self.pool)
+            return SpreadFeatures(self.source.read(None, rows=positions), self.pool)
         return SpreadFeatures(take(positions), self.pool)
 
     def __getitem__(self, positions: Any) -> SpreadFeatures:
@@ -331,8 +320,8 @@ class SpreadFeatures:
         """Some rows as they travel: of a store's features only where they lie, without ids, labels and keys."""
         if isinstance(self.features, FeatureSet):
             return self.features.rows.take(place)
-        if isinstance(self._blocks, ArrayBlocks):
-            return ArrayBlocks(self._blocks.array[place])
+        if isinstance(self.source, ArrayBlocks):
+            return ArrayBlocks(self.source.array[place])
         return self.features.take(place)
 
     def _part_starts(self) -> npt.NDArray[np.int64]:

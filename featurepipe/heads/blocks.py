@@ -45,6 +45,28 @@ class Blocks(Protocol):
         """Returns the values of some rows (positions, a mask, or a slice; by default all) as a (m, D) array."""
 
 
+class SameShape:
+    """Blocks of the shape and dtype of those that they read.
+
+    Attributes:
+        source: Those.
+    """
+
+    source: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and values a row."""
+        rows, width = self.source.shape
+        return rows, width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As the values are stored."""
+        dtype: np.dtype[Any] = np.dtype(self.source.dtype)
+        return dtype
+
+
 class ArrayBlocks:
     """An array (or memory map) of features as ``Blocks``; the values are not copied until they are read."""
 

@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, is_blocks, iterate, labels_of, targets_of
+from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, SameShape, is_blocks, iterate, labels_of, targets_of
 from featurepipe.heads.row_shards import RowShards, concatenated, remote_row_shards, row_shards_of
 
 Codes = npt.NDArray[np.int64]
@@ -89,21 +89,11 @@ class TrainingData:
     weights: Floats | None
 
 
-class FiniteBlocks:
+class FiniteBlocks(SameShape):
     """Blocks that raise when a value read is NaN or infinite, naming the rows."""
 
     def __init__(self, source: Blocks) -> None:
-        self.source = source
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and values a row."""
-        return self.source.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of the values as they are kept."""
-        return self.source.dtype
+        self.source: Blocks = source
 
     def row_shards(self) -> RowShards | None:
         """The shards of a spread source, looked at where they are; None for a source that is read here."""

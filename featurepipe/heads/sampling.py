@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, Blocks
+from featurepipe.heads.blocks import Array, Blocks, SameShape
 
 Positions = npt.NDArray[np.int64]
 
 
-class SomeRows:
+class SomeRows(SameShape):
     """Some rows of blocks, as ``Blocks``; nothing is read until it is asked for.
 
     Args:
@@ -22,17 +20,13 @@ class SomeRows:
     """
 
     def __init__(self, source: Blocks, positions: Positions) -> None:
-        self.source, self.positions = source, positions
+        self.source: Blocks = source
+        self.positions = positions
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and values a row."""
         return len(self.positions), self.source.shape[1]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The source's dtype."""
-        return self.source.dtype
 
     def read(self, dtype: npt.DTypeLike | None = None, *, rows: Array | slice | None = None) -> Array:
         """Returns some of the rows."""

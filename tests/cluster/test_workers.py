@@ -1,6 +1,7 @@
 """Who the workers are, which are refused, and why."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import pytest
 
 import featurepipe.execution.worker as at_worker
 from featurepipe.errors import ClusterError, StoreError, UsageError
-from featurepipe.execution import DaskExecutor, connect
+from featurepipe.execution import DaskExecutor, Worker, connect
 from featurepipe.execution import dask as dispatch
 from featurepipe.store import FeatureStore
 from featurepipe.store.gc import gc_store
@@ -203,6 +204,70 @@ def test_workers_whose_memory_is_full_are_told_of_and_not_waited_for(
         ):
             list(dask_executor.map(lambda *_: None, ["cat"]))
     assert [line for line in said if "takes no task until it has more free" in line] == said
+
+
+def test_a_worker_that_stands_still_is_waited_for_once(
+    dask_executor: DaskExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for each of its results, and no result is lost when it goes on."""
+    monkeypatch.setattr(dispatch, "RESULT_SECONDS", 0.2)
+    monkeypatch.setattr(dispatch, "LOOK_SECONDS", 0.1)
+    silent, waits, probes = dask_executor.addresses()[0], [], []
+    result, each = dask_executor.result, dask_executor.each
+
+    def stands_still() -> bool:
+        return len(probes) < 3 and len(waits) < 20  # which the test fails for, instead of going on for ever
+
+    def of_silent(future: Any) -> bool:
+        return silent in dask_executor.scheduler.ask("who_has", keys=[future.key])[future.key]
+
+    def result_or_none(future: Any, what: str, timeout: float | None = None) -> Any:
+        if stands_still() and of_silent(future):
+            waits.append(what)
+            raise TimeoutError
+        return result(future, what, timeout)
+
+    def each_or_none(question: Any, addresses: Any = None, seconds: float | None = None) -> dict[str, Any]:
+        if addresses == [silent]:
+            probes.append(silent)
+            if stands_still():
+                return {silent: TimeoutError()}
+        return each(question, addresses, seconds)
+
+    monkeypatch.setattr(dask_executor, "result", result_or_none)
+    monkeypatch.setattr(dask_executor, "each", each_or_none)
+
+    def work(_context: None, n: int, worker: Worker, *_: Any) -> tuple[int, str]:
+        time.sleep(0.02)
+        return n * n, worker.name
+
+    found = dict(dask_executor.map(work, range(16), in_flight=8, interruptible=False))
+    assert {n: square for n, (square, _) in found.items()} == {n: n * n for n in range(16)}
+    assert {name for _, name in found.values()} == {"0", "1"}
+    assert len(waits) == 1
+    assert len(probes) == 3
+
+
+@pytest.mark.slow
+def test_results_of_a_frozen_worker_are_computed_anew_soon(
+    processes: Any, own_executor: DaskExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It freezes with several results that are done; a wait for each would take longer than is allowed here."""
+    monkeypatch.setattr(dispatch, "RESULT_SECONDS", 8.0)
+    monkeypatch.setattr(dispatch, "RETURN_SECONDS", 1.0)
+
+    def work(_context: None, n: int, *_: Any) -> int:
+        time.sleep(0.1)
+        return n * n
+
+    results = own_executor.map(work, range(20), in_flight=10)
+    found = dict([next(results)])
+    time.sleep(5.0)  # all others are done meanwhile
+    processes.workers[0].send(signal.SIGSTOP)
+    begun = time.monotonic()
+    found |= dict(results)
+    assert found == {n: n * n for n in range(20)}
+    assert time.monotonic() - begun < 40
 
 
 def test_what_was_given_stays_open(cluster_address: str) -> None:
