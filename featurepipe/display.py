@@ -157,6 +157,11 @@ def counted(number: int, noun: str, one: str = "", several: str = "") -> str:
     return f"{number:,} {first}{'' if number == 1 else 's'}{space}{rest}{verb and f' {verb}'}"
 
 
+def has(number: int) -> str:
+    """The verb of so many, where other words stand between; else `counted` says it."""
+    return "has" if number == 1 else "have"
+
+
 def dealt_with(counts: Mapping[str, int], copies: int = 0, left: int = 0) -> str:
     """What became of images.
 

@@ -266,22 +266,25 @@ def show(
     if silent:
         yield Silent()
         return
+    shown: Progress
     if isinstance(stream, TakesProgress):
-        taken = stream.progress(total, what, unit)
-        with beating(taken) if isinstance(taken, Paced) else nullcontext():
-            yield taken
+        shown = stream.progress(total, what, unit)
+    elif stream is sys.stderr and (shell := _notebook()) is not None:
+        shown = NotebookBar(total, what, unit, shell)
+    elif not stream.isatty():
+        shown = Lines(total, what, stream, unit=unit)
+    else:
+        with _bar(total, what, unit, stream) as bar:
+            yield bar
         return
-    if stream is sys.stderr and (shell := _notebook()) is not None:
-        notebook_bar = NotebookBar(total, what, unit, shell)
-        with beating(notebook_bar):
-            yield notebook_bar
-        notebook_bar.close()
-        return
-    if not stream.isatty():
-        lines = Lines(total, what, stream, unit=unit)
-        with beating(lines):
-            yield lines
-        return
+    with beating(shown) if isinstance(shown, Paced) else nullcontext():
+        yield shown
+    if isinstance(shown, NotebookBar):
+        shown.close()
+
+
+@contextmanager
+def _bar(total: int, what: str, unit: str, stream: IO[str]) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress

@@ -250,7 +250,7 @@ def made_index(
         queries = images.read(np.float32, rows=asked)
         true = nearest(images, queries, _NEAREST, distance=distance, without=asked, progress=progress)
     asked_for = _Measurement.of(images, asked, queries, true, np.zeros(len(asked), np.bool_))
-    chosen = _chosen(stored, asked_for)
+    chosen = _chosen(stored, Cells(stored), asked_for)
     return _with(stored, **chosen, recall_made=chosen["recall"])
 
 
@@ -301,9 +301,10 @@ def _measured_again(stored: StoredIndex, images: FeatureSet, is_new: npt.NDArray
     true = nearest(some, queries, _NEAREST, distance=stored.document.distance, without=own)
     measured = _Measurement.of(some, own, queries, true, is_new[asked])
     thinned = _only(stored, some.keys)
-    probes, candidates = Cells(thinned).probes, stored.document.candidates
-    now = _recalls(thinned, measured, [probes], [candidates])[probes, candidates]
-    return {"recall": now} if now >= ENOUGH else _chosen(thinned, measured)
+    cells, candidates = Cells(thinned), stored.document.candidates
+    probes = cells.probes
+    now = _recalls(thinned, cells, measured, [probes], [candidates])[probes, candidates]
+    return {"recall": now} if now >= ENOUGH else _chosen(thinned, cells, measured)
 
 
 def _only(stored: StoredIndex, keys: Keys) -> StoredIndex:
@@ -388,10 +389,10 @@ class _Measurement:
 
 
 def _recalls(
-    stored: StoredIndex, measured: _Measurement, probes: Sequence[int], candidates: Sequence[int]
+    stored: StoredIndex, index: Cells, measured: _Measurement, probes: Sequence[int], candidates: Sequence[int]
 ) -> dict[tuple[int, int], float]:
     """The share of the nearest that is found with each number of cells and of candidates: the lower one of old and new images."""
-    index, number = Cells(stored), SortedKeys(stored.keys)
+    number = SortedKeys(stored.keys)
     wanted = [number.find(keys) for keys in measured.true]
     itself = number.find(measured.own)
     prepared, found = IndexProjection.of(stored)(measured.queries), {}
@@ -408,11 +409,11 @@ def _recalls(
     return found
 
 
-def _chosen(stored: StoredIndex, measured: _Measurement) -> dict[str, Any]:
+def _chosen(stored: StoredIndex, index: Cells, measured: _Measurement) -> dict[str, Any]:
     """The cheapest cells and candidates that find enough of the nearest; else those that find most."""
     vectors, tried = stored.document.vectors, []
     some = sorted({min(times * _least_probes(stored), len(stored.sizes)) for times in _TIMES})
-    for (probes, candidates), recall in _recalls(stored, measured, some, _CANDIDATES).items():
+    for (probes, candidates), recall in _recalls(stored, index, measured, some, _CANDIDATES).items():
         scanned = vectors * probes / len(stored.sizes)
         cost = scanned * _SCANNED + min(candidates, vectors) * _COMPARED
         tried.append((recall < ENOUGH, cost if recall >= ENOUGH else -recall, probes, candidates, recall))

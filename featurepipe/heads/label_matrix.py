@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator
 from featurepipe.display import counted, first_names
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, Blocks
-from featurepipe.heads.inputs import Floats, checked_features, sample_weights
+from featurepipe.heads.inputs import Floats, checked_features, linear_scores, sample_weights
 
 _SHOWN = 5  # labels that an error names
 
@@ -127,6 +127,15 @@ class MultilabelClassifier(BaseEstimator):  # type: ignore[misc]
         tags.target_tags.required = True
         tags.target_tags.multi_output, tags.target_tags.single_output = True, False
         return tags
+
+
+class LinearScores(MultilabelClassifier):
+    """Base of those whose scores are linear: ``coef_`` (K, D) and ``intercept_`` (K,)."""
+
+    def decision_function(self, X: Any) -> Floats:
+        """Returns (n, K) float64 scores, positive where the label is predicted; X is an array or ``Blocks``."""
+        scores = linear_scores(self, X, memory=self.memory, dtype=np.float64)
+        return np.asarray(scores.reshape(-1, len(self.classes_)))
 
 
 def label_matrix(

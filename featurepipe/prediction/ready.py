@@ -14,6 +14,7 @@ import pyarrow as pa
 from featurepipe.backbones import Backbone
 from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.weights import is_file_name
+from featurepipe.display import has
 from featurepipe.errors import BundleError, Message, Option, UsageError
 from featurepipe.features.loader import StageSeconds
 from featurepipe.features.options import Options
@@ -192,5 +193,5 @@ def _check_width(bundle: Bundle, session: Session) -> None:
     if width != bundle.width:
         raise BundleError(
             f"the bundle's head takes {bundle.width} values per image, but {', '.join(bundle.columns)} of {backbone.name} "
-            f"{'has' if len(columns) == 1 else 'have'} {width}; train it again"
+            f"{has(len(columns))} {width}; train it again"
         )

@@ -11,6 +11,7 @@ from bokeh.models import BooleanFilter, CDSView, ColumnDataSource
 
 from featurepipe.display import counted, named_columns
 from featurepipe.heads.statistics.multilabel import TITLES as LABEL_TITLES
+from featurepipe.heads.statistics.regression import KAPPA_TITLE
 from featurepipe.heads.statistics.regression import TITLES as NUMBER_TITLES
 from featurepipe.reporting.blocks import (
     OTHERS,
@@ -195,7 +196,7 @@ _MEASURES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
-    "quadratic_kappa": "quadratic weighted kappa",
+    "quadratic_kappa": KAPPA_TITLE,
     "auc": "AUC, one against the rest",
     "top_5": "true class among the first five",
     "log_loss": "log loss",

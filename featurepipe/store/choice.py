@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurepipe.display import counted
+from featurepipe.display import counted, has
 from featurepipe.errors import StoreError, StoreMoved, UsageError, unknown
 from featurepipe.store.keys import Keys, keys_from_arrow
 from featurepipe.store.labelled_images import unknown_split
@@ -277,10 +277,7 @@ def _missing(space: Space, lacking: dict[str, int], count: int, dataset: str) ->
     damaged = len(space.damaged)
     lost = f"; {counted(damaged, 'part')} {'is' if damaged == 1 else 'are'} damaged" if damaged else ""
     images = f"{lacking[first]} of {counted(count, 'image')} of dataset {dataset!r}"
-    return (
-        f"{images} {'has' if lacking[first] == 1 else 'have'} no {first}{also} in {space.name}{lost}; "
-        f"run: {command}{more}"
-    )
+    return f"{images} {has(lacking[first])} no {first}{also} in {space.name}{lost}; run: {command}{more}"
 
 
 def _rejects(snapshot: pa.Table) -> dict[str | None, int]:

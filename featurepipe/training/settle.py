@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import check_classes
-from featurepipe.display import bytes_of, counted, first_names
+from featurepipe.display import bytes_of, counted, first_names, has
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.families import refuse_weights
 from featurepipe.heads.selection import kept_count
@@ -313,8 +313,9 @@ def _learnable_labels(
         return list(range(len(names)))
     place = int(few[0])
     having, lacking = (f"{int(count):,}" for count in counts[:, place])
-    verb = "has" if len(few) == 1 else "have"
-    what = f"{len(few)} of {counted(len(names), 'label')} {verb} fewer than {least} training images on one side"
+    what = (
+        f"{len(few)} of {counted(len(names), 'label')} {has(len(few))} fewer than {least} training images on one side"
+    )
     example = f"such as {names[place]!r}: {having} with it, {lacking} without"
     if recipe.params.get("one_sided") != "drop" or len(few) == len(names):
         allowed = int(counts.min(axis=0)[few].min())

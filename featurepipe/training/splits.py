@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurepipe.annotations import split_asked
-from featurepipe.display import counted
+from featurepipe.display import counted, has
 from featurepipe.errors import Message, Option, UsageError, unknown
 from featurepipe.heads.blocks import iterate
 from featurepipe.heads.sampling import fold_numbers, group_fold_numbers, larger_classes_first
@@ -152,11 +152,10 @@ def small_classes(
     if few and len(counts) - len(few) < 2:
         name = next(iter(few))
         first = int(np.flatnonzero(learned & (codes == features.classes.index(name)))[0])
-        have = "has" if len(few) == 1 else "have"
         raise UsageError(
             Message(
-                f"{len(few)} of {len(counts)} classes {have} fewer than {least} images to learn from, such as {name!r} with "
-                f"{few[name]} (id {features.ids[first]}), and a head needs two classes or more; give more images, or accept "
+                f"{len(few)} of {len(counts)} classes {has(len(few))} fewer than {least} images to learn from, such as {name!r} "
+                f"with {few[name]} (id {features.ids[first]}), and a head needs two classes or more; give more images, or accept "
                 "them with ",
                 Option("min_class_size", min(few.values())),
             )
@@ -240,12 +239,11 @@ def refuse_groups_across(features: FeatureSet, sides: Mapping[str, Positions]) -
             {name for name in groups[rows] if name is not None} & {name for name in groups[others] if name is not None}
         )
         if both:
-            have = "has" if len(both) == 1 else "have"
             raise UsageError(
                 Message(
-                    f"{counted(len(both), 'group')} of dataset {features.origin.dataset} {have} images in both splits, {one} and "
-                    f"{other}, such as {both[0]!r}: what is learned of it would be tested on it. Mend the splits; have new ones "
-                    "made by group with ",
+                    f"{counted(len(both), 'group')} of dataset {features.origin.dataset} {has(len(both))} images in both splits, "
+                    f"{one} and {other}, such as {both[0]!r}: what is learned of it would be tested on it. Mend the splits; "
+                    "have new ones made by group with ",
                     Option("split_column", "none"),
                     "; or take every image for itself with ",
                     Option("group", "none"),

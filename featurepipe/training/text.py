@@ -17,7 +17,7 @@ from featurepipe.heads.bundle.text import (
 )
 from featurepipe.heads.statistics.metrics import measures_text
 from featurepipe.heads.statistics.multilabel import labels_text
-from featurepipe.heads.statistics.regression import numbers_text
+from featurepipe.heads.statistics.regression import KAPPA_TITLE, numbers_text
 from featurepipe.heads.statistics.screening import screening_text
 from featurepipe.progress import spoken, took
 from featurepipe.training.splits import NEAR_SHARE
@@ -27,7 +27,7 @@ _MEASURES = {
     "rmse": "RMSE",
     "map": "mean average precision",
     "accuracy": "accuracy",
-    "quadratic_kappa": "quadratic weighted kappa",
+    "quadratic_kappa": KAPPA_TITLE,
 }
 
 

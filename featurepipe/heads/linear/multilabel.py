@@ -15,8 +15,8 @@ from sklearn.base import clone
 from featurepipe.display import bytes_of
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, one_blas_thread
-from featurepipe.heads.inputs import Floats, linear_scores
-from featurepipe.heads.label_matrix import LabelMatrix, MultilabelClassifier, per_label
+from featurepipe.heads.inputs import Floats
+from featurepipe.heads.label_matrix import LabelMatrix, LinearScores, per_label
 from featurepipe.heads.linear.classifiers import SAFETY, Method, Objective, finished, start_point, warn_unconverged
 from featurepipe.heads.linear.losses import WIDEST, BinomialLoss, SquaredHingeLoss
 from featurepipe.heads.linear.optimisers import OptimiserSettings, Optimum, lbfgs, run
@@ -41,7 +41,7 @@ _OFTEN_TOGETHER = (1, 2.0, 1e-3)  # refresh, growth and trust in the shared basi
 _HISTORY = 24  # vectors of a point's size that an optimiser and its passes hold, 8 bytes a value
 
 
-class MultilabelLinearClassifier(MultilabelClassifier):
+class MultilabelLinearClassifier(LinearScores):
     """Base of linear heads for several labels a row, which learn from arrays or ``Blocks``."""
 
     C: Any
@@ -69,11 +69,6 @@ class MultilabelLinearClassifier(MultilabelClassifier):
         data = self._learn(X, y, sample_weight)
         [[solution]] = _solve(self, data, [per_label("C", self.C, data.kept)], None)
         return self._adopt(solution)
-
-    def decision_function(self, X: Any) -> Floats:
-        """Returns (n, K) float64 scores, positive where the label is predicted; X is an array or ``Blocks``."""
-        scores = linear_scores(self, X, memory=self.memory, dtype=np.float64)
-        return np.asarray(scores.reshape(-1, len(self.classes_)))
 
     def objective(self) -> Objective:
         """What to minimise for each label, by the parameters."""

@@ -25,7 +25,7 @@ from featurepipe.heads.inputs import (
     regression_data,
     training_data,
 )
-from featurepipe.heads.label_matrix import MultilabelClassifier, per_label
+from featurepipe.heads.label_matrix import LinearScores, per_label
 from featurepipe.heads.linear.passes import curvature_bytes
 from featurepipe.heads.moments import gram_of, moments_of
 from featurepipe.heads.neighbours import rows_kept
@@ -227,7 +227,7 @@ class BlockLinearSVR(BlockRegressor, BaseEstimator):  # type: ignore[misc]
         return linear_scores(self, X, memory=self.memory, dtype=np.float64)
 
 
-class MultilabelRidge(MultilabelClassifier):
+class MultilabelRidge(LinearScores):
     """Least squares on +1 and -1 with an L2 penalty for several labels of each row, exact, from arrays or ``Blocks``.
 
     Minimises for each label k ``sum_i(w_i * (f_k(x_i) - s_ik)^2) + alpha_k * |w_k|^2`` over the rows where the label is known,
@@ -306,11 +306,6 @@ class MultilabelRidge(MultilabelClassifier):
         within = scatter[:-1, :-1] - weight * np.outer(own, own)
         self.coef_[label] = solve_normal(within, alpha, (moment[:-1] - own * moment[-1])[None])[0]
         self.intercept_[label] = moment[-1] / weight - self.coef_[label] @ (mean + own)
-
-    def decision_function(self, X: Any) -> Floats:
-        """Returns the (n, K) fitted targets, positive where the label is predicted; X is an array or ``Blocks``."""
-        scores = linear_scores(self, X, memory=self.memory, dtype=np.float64)
-        return np.asarray(scores.reshape(-1, len(self.classes_)))
 
 
 @dataclass

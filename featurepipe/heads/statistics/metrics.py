@@ -13,7 +13,7 @@ from featurepipe.errors import UsageError
 from featurepipe.heads.statistics import intervals
 from featurepipe.heads.statistics import intervals as group_intervals
 from featurepipe.heads.statistics.intervals import GroupSums, OneVsRest, one_vs_rest, units_of
-from featurepipe.heads.statistics.regression import kappa_limits, quadratic_kappa
+from featurepipe.heads.statistics.regression import KAPPA_TITLE, kappa_limits, quadratic_kappa
 
 BINS = 15
 """Equal-width bins of confidence in the expected calibration error."""
@@ -329,7 +329,7 @@ _TITLES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
-    "quadratic_kappa": "quadratic weighted kappa",
+    "quadratic_kappa": KAPPA_TITLE,
     "auc": "AUC, one vs rest",
     "log_loss": "log-loss",
     "ece": "calibration error",

@@ -332,12 +332,14 @@ def _mistakes(guesses: Floats, truth: Floats, ids: Any, most: int) -> list[dict[
     ]
 
 
+KAPPA_TITLE = "quadratic weighted kappa"
+
 TITLES: Mapping[str, str] = {
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
     "r2": "R2",
     "spearman": "Spearman's correlation",
-    "quadratic_kappa": "quadratic weighted kappa",
+    "quadratic_kappa": KAPPA_TITLE,
     "coverage": "coverage of the intervals",
 }
 
