@@ -14,7 +14,6 @@ from featurepipe.layer_depth import answers
 from featurepipe.layer_depth.document import document, files_of, parts_of, provenance
 from featurepipe.layer_depth.journal import Journal
 from featurepipe.layer_depth.measure import Series, TimedForward, measure
-from featurepipe.layer_depth.networks import compared, keep_recommended, names_of
 from featurepipe.layer_depth.options import MAX_WIDTH, DepthOptions
 from featurepipe.layer_depth.phases import (
     DESCRIBE,
@@ -125,7 +124,7 @@ def depth(
         ``target_type``, ``measure`` (``accuracy``, ``map`` or ``r2``: the key under which entries of ``results`` and others have
         it; beside it ``macro_f1``, or ``rmse`` and ``mae``), ``weights_note`` (what was ignored or guessed of a file of weights),
         ``damaged`` (the images of the sources that were kept all the same), and what they were measured on. Kept in the store as
-        well. Of several networks what ``featurepipe.layer_depth.networks.compared`` returns; kept is the document of each, that
+        well. Of several networks what ``featurepipe.layer_depth.answers.compared`` returns; kept is the document of each, that
         of the recommended one last, which ``train`` and ``report`` take.
 
     Raises:
@@ -135,7 +134,7 @@ def depth(
         Interrupted: SIGINT or SIGTERM; what was measured is kept, and the message says how much.
     """
     asked = dict(locals())  # all arguments, before anything else has a name
-    names = names_of(backbone)
+    names = answers.names_of(backbone)
     if len(names) > 1:
         return _of_networks(list(filter(None, names)), asked)
     (backbone,) = names
@@ -223,7 +222,7 @@ def _write_page(store: FeatureStore, answer: Mapping[str, Any], asked: Mapping[s
 
 
 def _of_networks(names: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Compares the layers of several networks: each alone, then all of them; see `featurepipe.layer_depth.networks`."""
+    """Compares the layers of several networks: each alone, then all of them; see `featurepipe.layer_depth.answers.compared`."""
     if asked["weights"] not in {"DEFAULT", "none"}:
         given = Option("weights", str(asked["weights"]))
         raise UsageError(
@@ -242,14 +241,14 @@ def _of_networks(names: Sequence[str], asked: Mapping[str, Any]) -> dict[str, An
         say(f"{name}, network {names.index(name) + 1} of {len(names)}")
         return dict(depth(**{**asked, "backbone": name, "report": None}))
 
-    found = compared(names, measure_one)
+    found = answers.compared(names, measure_one)
     if asked["dry_run"]:
         return found
     place = asked["source"] if is_store(asked["source"]) else asked["store"] or DEFAULT_STORE
     store = place if isinstance(place, FeatureStore) else FeatureStore(place, create=False)
     for one in found["networks"]:  # which were measured while the store had fewer
         one["space"]["named"] = name_among(store, store.space(one["space"]["fingerprint"]))
-    keep_recommended(store, found)
+    answers.keep_recommended(store, found)
     if asked["report"] is not None:
         _write_page(store, found, asked)
     return found

@@ -11,7 +11,7 @@ import pytest
 import featurepipe as fp
 from featurepipe.errors import UsageError
 from featurepipe.heads.statistics.comparison import difference_over_folds
-from featurepipe.layer_depth.networks import compared, names_of
+from featurepipe.layer_depth.answers import compared, names_of
 from featurepipe.layer_depth.text import _networks, text
 from featurepipe.reporting.report import write_report
 

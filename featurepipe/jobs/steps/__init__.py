@@ -4,10 +4,9 @@ Each result has a ``text``, the line that the summary shows; ``skipped`` says wh
 people should look at. A step that fails raises.
 """
 
-from featurepipe.jobs.steps.curation import labels, outliers, select, similar
 from featurepipe.jobs.steps.heads import finetune, predict, train
 from featurepipe.jobs.steps.housekeeping import compact, export, forget, keep, metrics, report
-from featurepipe.jobs.steps.measuring import depth, drift, routes
+from featurepipe.jobs.steps.measuring import depth, drift, labels, outliers, routes, select, similar
 
 __all__ = [
     "compact",
