@@ -285,7 +285,7 @@ def measure_routes(
         with ending_at_once(executor) as stop:
             mapped = executor.map(
                 measure_trial, queue.in_order(), context=context, stop=stop, report=partial(progress.advance, 0),
-                in_flight=1, interruptible=not executor.is_local,
+                in_flight=1,
             )  # fmt: skip
             with closing(mapped) as results:
                 for trial, cell in results:
