@@ -31,7 +31,7 @@ from featurepipe.results import shown_as
 from featurepipe.store import FeatureSet, FeatureStore
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import RoleOptions, columns_of, is_file_of_groups
-from featurepipe.training.cost import available_memory, time_of
+from featurepipe.training.cost import available_memory, seconds_of, time_of
 from featurepipe.training.splits import dealt
 from featurepipe.training.task import weighted
 
@@ -241,6 +241,11 @@ def _check(features: FeatureSet, folds: int) -> None:
         _label_issues()  # before heads are fitted in vain
 
 
+LEVEL_ROWS = 12_000
+"""Up to so many rows the heads of all folds take about as long as on a third of them, which need more passes; beyond, each row
+takes its share."""
+
+
 def planned(features: FeatureSet, *, folds: int = 5, seed: int = 0, timed: bool = True) -> dict[str, Any]:
     """What `find_suspects` would fit on labelled rows, and about how many seconds that takes here, by fits on some of them.
 
@@ -274,7 +279,8 @@ def planned(features: FeatureSet, *, folds: int = 5, seed: int = 0, timed: bool 
     fits = folds * (len(features.target_names) or 1)
     seconds = None  # no estimate is better
     if timed and counts:
-        seconds = fits / folds * time_of(fit, len(drawn), steepest=1)
+        some = min(len(drawn) // 3, LEVEL_ROWS)
+        seconds = fits / folds * seconds_of(fit, some) * max(len(drawn) / LEVEL_ROWS, 1.0)
     elif timed:
         seconds = fits * time_of(fit, rows, steepest=1)
     return {

@@ -175,14 +175,14 @@ def time_of(fit: Callable[[int], object], rows: int, *, steepest: float, whole: 
         whole: whether the fit itself may be timed, after the smaller one: up to `WHOLE_ROWS`, or where it takes seconds.
     """
     small, large = (max(min(count, rows // divisor), 1) for count, divisor in zip(PILOT_ROWS, (8, 4), strict=True))
-    first = _seconds_of(fit, small)
+    first = seconds_of(fit, small)
     if whole and (rows <= WHOLE_ROWS or first * rows / small <= LONG_PILOT):
-        return _seconds_of(fit, rows)
+        return seconds_of(fit, rows)
     if first > LONG_PILOT:
         return float(first * (rows / small) ** steepest)
-    second = _seconds_of(fit, large)
+    second = seconds_of(fit, large)
     if second < WARM * first and large > small:
-        first = _seconds_of(fit, small)  # without what is done once: imports, opening, warming up
+        first = seconds_of(fit, small)  # without what is done once: imports, opening, warming up
     seconds = [first, second]
     if large == small:
         return seconds[1] * rows / large
@@ -193,7 +193,8 @@ def time_of(fit: Callable[[int], object], rows: int, *, steepest: float, whole: 
     return float(seconds[1] * (rows / large) ** ((shown + steepest) / 2))
 
 
-def _seconds_of(fit: Callable[[int], object], rows: int) -> float:
+def seconds_of(fit: Callable[[int], object], rows: int) -> float:
+    """Times one fit on so many rows."""
     start = time.perf_counter()
     fit(rows)
     return max(time.perf_counter() - start, 1e-4)

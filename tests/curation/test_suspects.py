@@ -339,6 +339,28 @@ def test_what_loads_with_the_first_fit_is_not_taken_for_the_time_of_each(blobs, 
     assert fitted[0] <= 6 < fitted[1]  # of four classes
 
 
+JUDGED = {
+    600: (200, 1.968, 2.073), 1_500: (500, 2.092, 2.947), 4_000: (1_333, 2.384, 2.5), 12_000: (4_000, 2.351, 2.69),
+    30_000: (10_000, 2.82, 6.212), 70_000: (12_000, 3.27, 15.068),
+}  # fmt: skip
+"""Processor seconds by images of Fashion-MNIST (10 classes, 1,280 values): how many are tried, what the five fits on these take,
+and what those on all take, as recorded on one core."""
+
+
+@pytest.mark.parametrize("images", JUDGED)
+def test_the_time_of_a_check_is_right_within_a_factor_of_one_and_a_half(monkeypatch, blobs, images):
+    tried, some, whole = JUDGED[images]
+
+    def seconds_of(fit, count):
+        assert count == tried
+        return some
+
+    features = blobs.store.features("pile").select(labelled=True).take(np.arange(images) % 100)
+    monkeypatch.setattr(module, "_out_of_fold", lambda *_: None)
+    monkeypatch.setattr(module, "seconds_of", seconds_of)
+    assert whole / 1.5 <= module.planned(features)["expected_seconds"] <= whole * 1.5
+
+
 def test_a_dry_run_counts_the_fits_of_each_label_and_those_to_numbers(pile):
     rng = np.random.default_rng(0)
     rows = pile.add_rows([f"{n}" for n in range(40)], rng.normal(size=(40, 3)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -414,3 +416,34 @@ def test_losses_are_those_of_torch_and_unknown_labels_do_not_count() -> None:
     weight, bias = numbers.to_target(*numbers.to_scores(np.array([[4.0]]), np.array([7.0])))
     assert (weight.item(), bias.item()) == (4.0, 7.0)
     assert numbers.score(np.array([[-1.0], [0.0], [1.0]], np.float32), np.array([0, 1, 2])) == pytest.approx(1.0)
+
+
+EPOCHS = {
+    "blocks.10": (165, 19, 64, 1.079, (2.786, 2.826)),
+    "blocks.14": (165, 19, 64, 0.233, (0.665, 0.677)),
+    "all of Fashion-MNIST from blocks.10": (54_000, 6_000, 64, 64 * 0.030323, (5336.6 / 3,) * 3),
+}
+"""Images that train and that validate, images a step, processor seconds of a step on noise and of each epoch with its validation,
+as recorded on one core with `efficientnet_lite0` and emoji; the last as `benchmarks/results/bench_finetune.json` has it, with the
+head's fit and the first validation in it."""
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+def test_the_time_of_an_epoch_is_right_within_a_factor_of_one_and_a_half(monkeypatch, name) -> None:
+    train, validation, size, step, epochs = EPOCHS[name]
+    monkeypatch.setattr(work, "step_seconds", lambda body, images: {("body", size): step}[body, images])
+    task = SimpleNamespace(
+        division=SimpleNamespace(train=np.arange(train), validation=np.arange(train, train + validation))
+    )
+    planned = SimpleNamespace(task=task, schedule=SimpleNamespace(batch_size=size), body="body")
+    told = work.TuningWork.epoch_seconds(planned)
+    for seconds in epochs:
+        assert seconds / 1.5 <= told <= seconds * 1.5
+
+
+def test_the_recorded_tuning_is_that_of_the_benchmark() -> None:
+    found = json.loads((Path(__file__).parents[2] / "benchmarks/results/bench_finetune.json").read_text("utf-8"))
+    train, _, size, step, epochs = EPOCHS["all of Fashion-MNIST from blocks.10"]
+    assert (found["full"]["images"], found["full"]["history"][-1]["epoch"]) == (train, len(epochs))
+    assert step == pytest.approx(size * found["cost"]["tail, ms an image"] / 1000)
+    assert sum(epochs) == pytest.approx(found["full"]["processor_seconds"])
