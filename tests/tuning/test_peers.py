@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from featurepipe.errors import UsageError
 from featurepipe.tuning.finetune import finetune
 from featurepipe.tuning.loop import TuningObjective
 from featurepipe.tuning.peers import Peers, fabric_on, processes
+from tests.conftest import Process
 
 ROUNDING = 1e-5
 """Of the loss after an epoch: gradients are summed in another order."""
@@ -62,6 +64,33 @@ def together(store: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def is_at_work(process: Process) -> bool:
+    """Whether it has not ended."""
+    return " Z " not in Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1][:3]
+
+
+FORKED = """
+    import os, sys
+
+    rank, port, *sys.argv[1:] = sys.argv[1:]
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    from featurepipe.cli import main
+
+    sys.exit(main())
+"""
+"""One of two processes with the environment that torchrun gives them, in a fork that need not load PyTorch again."""
+
+
+def forked(launcher, store: Path, out: Path, *more: str) -> list[Process]:
+    """Starts two processes as `together` does, but without torchrun to watch over them."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = ["finetune", store, "--out", out, *ASKED, *more, "--json"]
+    return [launcher.start(FORKED, [rank, port, *command], store.parent) for rank in range(2)]
+
+
 def weights_of(bundle: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -69,7 +98,7 @@ def weights_of(bundle: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_weights_of_one_also_after_a_kill(store, tmp_path) -> None:
+def test_two_processes_give_the_weights_of_one_also_after_a_kill(store, tmp_path, launcher) -> None:
     alone = finetune(store, out=tmp_path / "one", from_node="images", backbone="lenet5", weights="none", batch_size=8,
                      seed=3, epochs=2, silent=True)  # fmt: skip
     whole = together(store, tmp_path / "two", "--epochs", "2")
@@ -91,34 +120,22 @@ def test_two_processes_give_the_weights_of_one_also_after_a_kill(store, tmp_path
         torch.testing.assert_close(two[name], value, rtol=0, atol=GROWN)
     assert record["test"]["accuracy"]["value"] == alone["test"]["accuracy"]["value"]
 
-    killed = together(store, tmp_path / "parts", "--epochs", "2")
+    killed = forked(launcher, store, tmp_path / "parts", "--epochs", "2")
     checkpoint = tmp_path / "parts.tuning" / "run-0.pt"
     while not checkpoint.is_file():
-        assert killed.poll() is None, killed.communicate()
+        assert is_at_work(killed[0]), killed[0].wait()
         time.sleep(0.02)
-    for pid in _processes_on(tmp_path / "parts"):  # at once, so that nobody can say or write anything
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate()
+    for one in killed:  # at once, so that nobody can say or write anything
+        one.kill()
+    assert {one.wait().code for one in killed} == {-signal.SIGKILL}
     assert not (tmp_path / "parts").exists()
-    again = together(store, tmp_path / "parts", "--epochs", "2")
-    _, log = again.communicate(timeout=900)
-    assert again.returncode == 0, log
+    ended = [one.wait() for one in forked(launcher, store, tmp_path / "parts", "--epochs", "2")]
+    log = "".join(one.err for one in ended)
+    assert [one.code for one in ended] == [0, 0], log
     assert log.count("going on from a checkpoint") == 1
     assert (tmp_path / "parts" / "weights.safetensors").read_bytes() == (
         tmp_path / "two" / "weights.safetensors"
     ).read_bytes()
-
-
-def _processes_on(out: Path) -> list[int]:
-    """All that are at work on a bundle: what has started them, and each of them."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(out).encode() in entry.read_bytes():
-                found.append(int(entry.parent.name))
-        except OSError:  # it has just ended
-            continue
-    return found
 
 
 @pytest.mark.slow
