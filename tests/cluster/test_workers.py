@@ -1,7 +1,6 @@
 """Who the workers are, which are refused, and why."""
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -246,28 +245,6 @@ def test_a_worker_that_stands_still_is_waited_for_once(
     assert {name for _, name in found.values()} == {"0", "1"}
     assert len(waits) == 1
     assert len(probes) == 3
-
-
-@pytest.mark.slow
-def test_results_of_a_frozen_worker_are_computed_anew_soon(
-    processes: Any, own_executor: DaskExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It freezes with several results that are done; a wait for each would take longer than is allowed here."""
-    monkeypatch.setattr(dispatch, "RESULT_SECONDS", 8.0)
-    monkeypatch.setattr(dispatch, "RETURN_SECONDS", 1.0)
-
-    def work(_context: None, n: int, *_: Any) -> int:
-        time.sleep(0.1)
-        return n * n
-
-    results = own_executor.map(work, range(20), in_flight=10)
-    found = dict([next(results)])
-    time.sleep(5.0)  # all others are done meanwhile
-    processes.workers[0].send(signal.SIGSTOP)
-    begun = time.monotonic()
-    found |= dict(results)
-    assert found == {n: n * n for n in range(20)}
-    assert time.monotonic() - begun < 40
 
 
 def test_what_was_given_stays_open(cluster_address: str) -> None:

@@ -338,6 +338,38 @@ def test_a_scheduler_that_does_not_answer_is_given_up(
 
 
 @pytest.mark.slow
+def test_a_frozen_worker_is_waited_for_once_and_its_results_are_computed_anew(
+    processes: Processes, own_executor: DaskExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It freezes with ten results that are done; a wait for each, or a task begun anew on it, would take longer."""
+    monkeypatch.setattr(dispatch, "RESULT_SECONDS", 8.0)
+    monkeypatch.setattr(dispatch, "RETURN_SECONDS", 1.0)
+
+    def work(_context: Any, n: int, *_: Any) -> int:
+        time.sleep(0.1)
+        return n * n
+
+    with Client(processes.address) as client:
+        kept = client.map(partial(work, None), range(8), pure=False)
+        wait(kept)
+        results = own_executor.map(work, range(20), in_flight=10)
+        found = dict([next(results)])
+        time.sleep(5.0)  # in which the others are done
+        processes.workers[0].send(signal.SIGSTOP)
+        begun = time.monotonic()
+        found |= dict(results)
+        assert time.monotonic() - begun < 40
+        assert found == {n: n * n for n in range(20)}
+        running = threading.Thread(target=client.gather, args=(kept,), daemon=True)
+        running.start()
+        running.join(SOON)
+        assert running.is_alive()  # plain Dask waits for as long as the worker's process is there
+        processes.workers[0].send(signal.SIGCONT)
+        running.join(SECONDS)
+        assert not running.is_alive()
+
+
+@pytest.mark.slow
 def test_ctrl_c_does_not_end_workers() -> None:
     def ends(executor: DaskExecutor, seconds: float) -> bool:
         [pid] = executor.client.run(os.getpid).values()
