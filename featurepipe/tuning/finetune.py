@@ -201,7 +201,7 @@ def finetune(
         works = _prepared(stored, options, snapshot=snapshot, ids=ids, say=say)
         asked = {"why": why_tune(works[0], folder, say)} if if_changed else {}
         if asked == {"why": []}:
-            kept = {} if dry_run else _stored_features(works[0], stored.store, folder, snapshot, say)
+            kept = {} if dry_run else _stored_features(works, stored.store, folder, snapshot, say)
             return {**unchanged(folder, works[0].task, works[0].inputs()), **stored.about(), **kept}
         if dry_run:
             return {**works[0].task.as_dict(), "tuning": _planned(works), **asked}
@@ -210,8 +210,7 @@ def finetune(
         executor.check(stored.store.path)
         with stop_on_signals() as stop:
             record = tune_and_publish(works, folder, stop, executor, start=start, silent=silent, say=say)
-    tuned = next(work for work in works if work.body.node == record["tuning"]["from"])
-    kept = _stored_features(tuned, stored.store, folder, snapshot, say)
+    kept = _stored_features(works, stored.store, folder, snapshot, say)
     return {**record, **stored.about(), **kept, "options": as_asked(options), **asked}
 
 
@@ -222,13 +221,15 @@ def _planned(works: Sequence[TailWork]) -> dict[str, Any]:
 
 
 def _stored_features(
-    work: TailWork, store: FeatureStore, folder: Path, snapshot: str | None, say: Callable[[str], None]
+    works: Sequence[TailWork], store: FeatureStore, folder: Path, snapshot: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Stores the tuned features, if that was asked for; returns what was done."""
-    if not work.options.store_features:
+    """Stores the tuned features, if that was asked for, from activations at the bundle's cut; returns what was done."""
+    if not works[0].options.store_features:
         return {}
+    bundle = read_bundle(folder)
+    work = next(work for work in works if work.body.node == bundle.training["tuning"]["from"])
     with stop_on_signals() as stop:
-        found = keep_features(store, read_bundle(folder), work.every, snapshot, stop)
+        found = keep_features(store, bundle, work.every, snapshot, stop)
         say(found.text)
         if stop():
             raise Interrupted(
