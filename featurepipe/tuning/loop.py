@@ -142,7 +142,7 @@ SAVE_SECONDS = 30.0
 SAVE_SHARE = 0.1
 """Checkpoints of large networks are written less often, so that they take at most this share of the time ..."""
 MOST_SECONDS = 55.0
-"""... but a kill never costs more than a minute."""
+"""... but a kill never costs more than a minute of steps; scoring that it falls into is made again."""
 
 
 class Examples(Protocol):
@@ -193,6 +193,12 @@ class Tuning:
     unfinished: str = ""
     failed: Message | None = None
 
+    @property
+    def goodness(self) -> tuple[float, float]:
+        """By which runs are compared: the best score and, where scores are equal, the smaller loss on the validation images."""
+        losses = [entry["loss"] for entry in self.history if entry["epoch"] == self.epoch]
+        return self.score, -losses[-1] if losses else -math.inf
+
 
 class LossNotFinite(UsageError):
     """The loss is infinite or not a number at the start, or became so before anything got better."""
@@ -213,8 +219,15 @@ class TuningCheckpoint:
     @property
     def is_due(self) -> bool:
         """Whether the last one was written long enough ago."""
-        pause = min(MOST_SECONDS, max(SAVE_SECONDS, self._cost / SAVE_SHARE))
-        return time.monotonic() - self._last >= pause
+        return self._age >= min(MOST_SECONDS, max(SAVE_SECONDS, self._cost / SAVE_SHARE))
+
+    def is_due_before(self, seconds: float) -> bool:
+        """Whether the last one would be too old after so many seconds in which none can be written."""
+        return self._age + seconds > MOST_SECONDS
+
+    @property
+    def _age(self) -> float:
+        return time.monotonic() - self._last
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Writes a checkpoint in place of the one before, whole or not at all."""
@@ -290,6 +303,8 @@ def tune(run: TuningRun, *, checkpoint: TuningCheckpoint, stop: Callable[[], boo
             progress.advance(1, f"loss {run.mean_loss:.4g}")
             if checkpoint.is_due:
                 keep()
+        if checkpoint.is_due_before(run.validation_seconds):
+            keep()
         progress.say(run.end_epoch())
         keep()
     run.model.adopt(run.found.best)
@@ -332,6 +347,7 @@ class TuningRun:
     def __post_init__(self) -> None:
         self._loss, self._seconds, self._start = 0.0, 0.0, time.perf_counter()
         self._best_loss, self._diverged = math.inf, False
+        self.validation_seconds = math.inf  # that scoring the validation images took; infinite before it was done
         self.peers = Peers(self.fabric)
         groups = _parameter_groups(self.model, self.blocks, self.options)
         self.optimiser = torch.optim.AdamW(groups, lr=self.options.rate, weight_decay=self.options.weight_decay)
@@ -450,8 +466,9 @@ class TuningRun:
         self.found = Tuning(dict(content["best"]), score, epoch, json.loads(content["history"]), ended)
 
     def _validate(self) -> tuple[float, float]:
-        part = self.peers.part(self.validation)
+        start, part = time.perf_counter(), self.peers.part(self.validation)
         scores, rows = self.peers.gathered(*score_rows(self.model, self.examples, part))
+        self.validation_seconds = time.perf_counter() - start
         return self.objective.mean_loss(scores, rows), self.objective.score(scores, rows)
 
     def _take(self, loss: float, score: float, *, train_loss: float | None) -> str:

@@ -374,7 +374,7 @@ def _best_published(
 ) -> dict[str, Any]:
     """Mixes the weights of the best run with the frozen ones, and writes the bundle."""
     first = works[0]
-    best = max(runs, key=lambda run: run.tuning.score)
+    best = max(runs, key=lambda run: run.tuning.goodness)
     work = next(work for work in works if work.cut == best.shard.cut)
     work.task, work.recipe = first.task, first.recipe
     model, frozen = context.start(best.shard.cut)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from featurepipe.backbones.tail import Model
 from featurepipe.errors import UsageError
 from featurepipe.execution.dask import DaskExecutor
 from featurepipe.heads.statistics.multilabel import average_precisions
-from featurepipe.tuning import loop, runs
+from featurepipe.tuning import loop, runs, work
 from featurepipe.tuning.finetune import finetune
 from featurepipe.tuning.loop import LossNotFinite, TuningObjective
 from featurepipe.tuning.options import TuneOptions
@@ -55,12 +56,44 @@ def scores(found: dict[str, Any]) -> list[list[float]]:
     return [[entry["loss"] for entry in run["history"]] for run in found["tuning"]["runs"]]
 
 
+def goodness(run: dict[str, Any]) -> tuple[float, float]:
+    return run["score"], -next(entry["loss"] for entry in run["history"] if entry["epoch"] == run["best_epoch"])
+
+
+def test_of_runs_with_equal_scores_the_one_of_the_smaller_loss_is_kept(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loop.TuningObjective, "score", lambda *_: 0.5)
+    found = {
+        cuts: finetune(store, from_node=cuts, out=tmp_path / cuts[0], **FAST)["tuning"] for cuts in (CUTS, CUTS[::-1])
+    }
+    losses = {run["from"]: -goodness(run)[1] for run in found[CUTS]["runs"]}
+    assert len(set(losses.values())) == 2
+    assert {tuning["from"] for tuning in found.values()} == {min(losses, key=lambda cut: losses[cut])}
+
+
+def test_features_are_stored_from_the_cut_of_the_bundle_where_nothing_is_tuned_anew(
+    store, both, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(work, "MIXES", (1.0,))  # else the frozen network may be kept, whose features are there
+    kept = both["tuning"]["from"]
+    cuts = [*({*CUTS} - {kept}), kept]  # the first is another one
+    copied = tmp_path / "store"
+    shutil.copytree(store, copied)
+    asked: dict[str, Any] = {"from_node": cuts, "seeds": 2, "out": tmp_path / "b", **FAST}
+    found = finetune(copied, **asked)
+    assert found["tuning"]["from"] == kept
+    again = finetune(copied, **asked, if_changed=True, store_features=True)
+    assert "skipped" in again
+    assert again["stored_features"]["images"] == 200
+    measured = fp.evaluate(tmp_path / "b", copied, silent=True)["metrics"]["log_loss"]["value"]
+    assert measured == pytest.approx(found["test"]["log_loss"]["value"], rel=1e-5)
+
+
 def test_runs_of_several_cuts_are_those_of_each_alone_and_the_best_is_kept(store, both, tmp_path) -> None:
     tuning = both["tuning"]
     assert [run["from"] for run in tuning["runs"]] == ["s2", "s2", "s4", "s4"]
     alone = {cut: finetune(store, from_node=cut, seeds=2, out=tmp_path / cut, **FAST) for cut in CUTS}
     assert scores(both) == scores(alone["s2"]) + scores(alone["s4"])
-    best = max(range(4), key=lambda number: tuning["runs"][number]["score"])
+    best = max(range(4), key=lambda number: goodness(tuning["runs"][number]))
     assert (tuning["kept_run"], tuning["from"]) == (best, CUTS[best // 2])
     kept = (Path(both["bundle"]) / "weights.safetensors").read_bytes()
     assert kept == (tmp_path / tuning["from"] / "weights.safetensors").read_bytes()
@@ -95,6 +128,28 @@ def test_after_a_kill_runs_that_have_ended_are_not_made_again(store, both, tmp_p
     assert len(made) == 4 * steps - 3
     assert scores(again) == scores(both)
     assert not (tmp_path / "b.tuning").exists()
+
+
+def test_where_scoring_takes_long_a_kill_within_it_costs_no_step(store, tmp_path, monkeypatch) -> None:
+    checkpoint = loop.TuningCheckpoint(tmp_path / "none.pt", "")
+    assert [checkpoint.is_due_before(seconds) for seconds in (1.0, 60.0, math.inf)] == [False, True, True]
+    asked: dict[str, Any] = {"from_node": "s2", "out": tmp_path / "b", **FAST}
+    whole, made = loop.TuningRun.learn, list[int]()
+
+    def killed(run: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.TuningRun, "learn", lambda run, *given: made.append(run.epoch) or whole(run, *given))
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "MOST_SECONDS", 0.0)  # as where the validation images take a minute
+        patched.setattr(loop.TuningCheckpoint, "is_due", False)
+        patched.setattr(loop.TuningRun, "end_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(store, **asked)
+    steps = len(made)
+    found = finetune(store, **asked)
+    assert made == [0] * steps + [1] * steps
+    assert [entry["epoch"] for entry in found["tuning"]["runs"][0]["history"]] == [0, 1, 2]
 
 
 def test_a_run_that_diverges_is_said_and_the_others_go_on(store, tmp_path, monkeypatch, capsys) -> None:
