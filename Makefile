@@ -13,7 +13,11 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), with PyTorch: several minutes, with a line for each package"
 	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-compile -c constraints.txt --config-settings editable_mode=compat -e '.[$*]'
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true   # as pip would, but on all cores; some packages have files of Python 2
+	@touch $@
+
+# As pip would, but beside the types, which keep one core busy for a minute; some packages have files of Python 2.
+$(VENV)/.compiled: $(VENV)/.installed-dev
+	@$(BIN)/python -m compileall -qq $(VENV)/lib || true
 	@touch $@
 
 demo: $(VENV)/.installed-demo
@@ -21,7 +25,7 @@ demo: $(VENV)/.installed-demo
 
 # The types take as long as all else, so they are checked beside it; with GNU make >= 4 each step's output stays together.
 lint: $(VENV)/.installed-dev
-	$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint-types lint-style lint-imports lint-structure
+	$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint-types lint-style lint-imports lint-structure $(VENV)/.compiled
 
 lint-style:
 	$(BIN)/ruff check .
@@ -47,8 +51,9 @@ test: lint
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow tests
 
-test-all: test
-	$(MAKE) test-slow
+# Both at once: modules are imported, and what their tests share is prepared, once.
+test-all: lint
+	$(PYTEST)
 
 # The oldest versions that pyproject.toml allows of what it names, in an environment of their own (6 GB): the tests that are most of what
 # those packages are used for, and the demo.
