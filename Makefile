@@ -45,15 +45,16 @@ lint-structure:
 # Each takes half of the list and then from the other's, so that what a module prepares is mostly prepared once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30
 
+SELECT := -m 'not slow'
 test: lint
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) $(SELECT)
 
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow tests
 
 # Both at once: modules are imported, and what their tests share is prepared, once.
-test-all: lint
-	$(PYTEST)
+test-all:
+	$(MAKE) --no-print-directory test SELECT=
 
 # The oldest versions that pyproject.toml allows of what it names, in an environment of their own (6 GB): the tests that are most of what
 # those packages are used for, and the demo.
