@@ -123,6 +123,8 @@ def _answer(document: Document) -> list[Block]:
     if not best.get("is_own_size", True):
         changes.append("Nothing was measured with all of your images; this is the largest size that was.")
     few = f"The answer was {best['few_draws']}." if best.get("few_draws") else ""
+    smaller = [one for one in (best.get("by_size") or [])[:-1] if one.get("few_draws")]
+    changes += [f"With {_with_images(one['size']['text'])} the answer was {one['few_draws']}." for one in smaller]
     same = best.get("not_told_apart")
     ties = f"By these images not told apart from {best['best']}: {', '.join(same)}." if same else ""
     figures = (

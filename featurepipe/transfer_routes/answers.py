@@ -20,7 +20,7 @@ from featurepipe.layer_depth.text import extraction_lines
 from featurepipe.progress import spoken, took
 from featurepipe.reporting.blocks import measure_of, with_values
 from featurepipe.transfer_routes.measure import OVER_BUDGET, MeasuredRoute, Untried
-from featurepipe.transfer_routes.options import AS_IT_IS, ROUTES, SCRATCH, TAIL
+from featurepipe.transfer_routes.options import ALL, AS_IT_IS, ROUTES, SCRATCH, TAIL
 from featurepipe.transfer_routes.study import DrawSize, RoutesStudy
 
 FARTHEST = 10.0
@@ -183,9 +183,25 @@ def choices(
         own = {one.route.name: one for one in measured if one.size == size.name}
         if own:
             estimates = {name: estimate(one) for name, one in own.items()}
-            chosen, best = cheapest_within_one_se(estimates, {name: costs[name, size.name].seconds for name in own})
+            seconds = {name: costs[name, size.name].seconds for name in own}
+            _, best = cheapest_within_one_se(estimates, seconds)
+            beside = {name: _beside(one, own[best], estimates[best]) for name, one in own.items()}
+            chosen, _ = cheapest_within_one_se(beside, seconds)
             found.append(RouteChoice(size, own[chosen], own[best], estimates[chosen], estimates[best]))
     return found
+
+
+def _beside(one: MeasuredRoute, best: MeasuredRoute, estimate_of_best: AccuracyEstimate) -> AccuracyEstimate:
+    """What a route would reach where the best one was measured, with the error of the best.
+
+    Where a budget left them different draws, that is the value of the best one and their difference on the draws that both
+    have: one draw may be easier than another. It is at most that value.
+    """
+    value, both = estimate(one).value, sorted(set(one.seeds) & set(best.seeds))
+    if both and set(one.seeds) != set(best.seeds):
+        first, second = (estimate(_of_draws(found, both)).value for found in (one, best))
+        value = estimate_of_best.value + first - second
+    return replace(estimate_of_best, value=min(value, estimate_of_best.value))
 
 
 def changes(found: Sequence[RouteChoice], measured: Sequence[MeasuredRoute]) -> list[dict[str, Any]]:
@@ -285,13 +301,16 @@ def recommended(
         "best": last.best.route.name,
         f"best_{measure}": last.best_estimate.value,
         "best_seconds": dear.seconds,
-        "few_draws": few_draws_text(
-            {one.route.name: _draws(one, study) for one in (last.chosen, last.best)}, study.every.protocol.seeds
-        ),
+        "few_draws": few_draws_of(last, study),
         "not_told_apart": same,
         "rule": f"the cheapest route within one standard error of the {_BEST[measure]} (Breiman et al. 1984)",
         "by_size": [
-            {"size": choice.size.as_dict(), "route": choice.chosen.route.name, "best": choice.best.route.name}
+            {
+                "size": choice.size.as_dict(),
+                "route": choice.chosen.route.name,
+                "best": choice.best.route.name,
+                "few_draws": few_draws_of(choice, study),
+            }
             for choice in found
         ],
         "changes": changes(found, measured),
@@ -315,6 +334,12 @@ def _elsewhere(last: RouteChoice, measured: Sequence[MeasuredRoute]) -> dict[str
 def _draws(found: MeasuredRoute, study: RoutesStudy) -> int:
     """On how many draws it was measured; one that learns nothing tells of all with one."""
     return study.every.protocol.seeds if found.route.kind == AS_IT_IS else len(found.seeds)
+
+
+def few_draws_of(choice: RouteChoice, study: RoutesStudy) -> str:
+    """That a choice rests on fewer draws than were asked for; empty where it does not."""
+    draws = {one.route.name: _draws(one, study) for one in (choice.chosen, choice.best)}
+    return few_draws_text(draws, study.every.protocol.seeds)
 
 
 def few_draws_text(draws: Mapping[str, int], asked: int) -> str:
@@ -394,6 +419,8 @@ def _answer_text(found: Mapping[str, Any]) -> str:
     if best["not_told_apart"]:
         lines.append(f"not told apart from {best['best']}: {', '.join(best['not_told_apart'])}")
     lines += [change_text(change, found["per"]) for change in best["changes"]]
+    smaller = [one for one in best["by_size"][:-1] if one.get("few_draws")]
+    lines += [f"with {one['size']['text']}: {one['few_draws']}" for one in smaller]
     if not best["changes"]:
         lines.append("at every size that was measured the answer is the same, and its trend does not change it soon")
     there = best["elsewhere"]
@@ -467,7 +494,8 @@ def gap_text(gap: Mapping[str, Any] | None, most: int) -> str:
 def _not_tried_text(found: Mapping[str, Any]) -> str:
     lines = []
     for one in found["not_tried"]:
-        where = f", {one['size']} a {found['per']}, {counted(one['draws'], 'draw')}" if "size" in one else ""
+        size = "all images" if one.get("size") == ALL else f"{one.get('size')} a {found['per']}"
+        where = f", {size}, {counted(one['draws'], 'draw')}" if "size" in one else ""
         lasts = f" (about {took(one['seconds'])})" if "seconds" in one else ""
         lines.append(f"no result: {one['route']}{where}{lasts}: {one['why']}")
     return "\n".join(lines)

@@ -244,7 +244,10 @@ def trials_of(context: RoutesContext, routes: Sequence[Route]) -> list[RouteTria
     for route in routes:
         for size in sizes[-1:] if route.kind == AS_IT_IS else sizes:
             seeds = range(1 if route.kind == AS_IT_IS else context.options.seeds)
-            found += [RouteTrial(context.key(route, size.name, seed), route, size.name, seed) for seed in seeds]
+            found += [
+                RouteTrial(context.key(route, size.name, seed), route, size.name, seed, context.study.per)
+                for seed in seeds
+            ]
     return found
 
 

@@ -397,7 +397,7 @@ def _context(
     if with_weights := [kind for kind in (AS_IT_IS, TAIL, FULL) if kind in kinds]:
         if isinstance(loaded, UsageError):
             for kind in with_weights:
-                plan.refuse(kind, str(loaded), options)
+                plan.refuse(kind, loaded.message, options)
                 kinds.remove(kind)
         else:
             network, name = loaded
@@ -452,7 +452,7 @@ def _unlisted(study: RoutesStudy, images: RoutesImages) -> str:
             with closing(source):
                 _, gone = located(source, of, announcer(silent=True))
         except FeaturepipeError as error:
-            return str(error)
+            return error.message
         if len(gone):
             return f"{counted(len(gone), 'image')} of {name} cannot be read any more, such as {of.ids[gone[0]]!r}"
     return ""
@@ -464,7 +464,7 @@ def _lacks_room(network: Backbone, options: RoutesOptions, machine: Machine) -> 
     try:
         check_room(Trunk(network), batch_size, machine.device, Path(gettempdir()), name=network.name)
     except FeaturepipeError as error:
-        return str(error)
+        return error.message
     return ""
 
 
@@ -497,7 +497,7 @@ def _similarity(
     if source is None:
         return {"relative": None, "why": "no run says where the images are; give them as the source"}
     if isinstance(loaded, UsageError):
-        return {"relative": None, "why": str(loaded)}
+        return {"relative": None, "why": loaded.message}
     network, name = loaded
     space = found.store.space(found.spaces[PRETRAINED])
     return similarity(
@@ -511,7 +511,7 @@ def _places(network: Backbone, study: RoutesStudy, options: RoutesOptions) -> tu
     try:
         own = OwnClassifier.of_network(network)
     except FeaturepipeError as error:
-        return None, str(error)
+        return None, error.message
     labels = list(map(str, study.every.classes))
     matched = labels_meant(network, own.classes, labels, options)
     if isinstance(matched, Message):

@@ -190,7 +190,7 @@ def similarity(
     except (Interrupted, DiskFull):
         raise
     except FeaturepipeError as error:  # the page goes without it
-        return {"relative": None, "why": f"the images cannot be read ({error})"}
+        return {"relative": None, "why": f"the images cannot be read ({error.message})"}
     if found is None:
         return {"relative": None, "why": "none of the images could be read"}
     if found["relative"] is None:

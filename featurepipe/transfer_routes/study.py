@@ -217,7 +217,7 @@ def _plan_images(plan: RoutesPlan, options: RoutesOptions, store: FeatureStore |
             source, _ = recorded_source(store, plan.request.dataset or store.only_dataset())
             source.close()
         except UsageError as error:
-            why = str(error)
+            why = error.message
     if why:
         for kind in wanted:
             plan.refuse(kind, why, options)
@@ -265,16 +265,18 @@ class DrawSize:
         name: images of each class, or ``all``.
         images: that train, the mean over seeds.
         per_class: the mean over classes.
+        per: what these are: classes, labels, or tenths of the numbers.
     """
 
     name: int | str
     images: float
     per_class: float
+    per: str = "class"
 
     @property
     def text(self) -> str:
         """In words."""
-        return f"all ({self.per_class:,.0f} a class)" if self.name == ALL else f"{self.name:,} a class"
+        return f"all ({self.per_class:,.0f} a {self.per})" if self.name == ALL else f"{self.name:,} a {self.per}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -425,7 +427,8 @@ def settle_routes(found: Extracted, options: RoutesOptions, labels: Any, say: Ca
         for seed in range(options.seeds)
     }
     bins = len(np.unique(codes[pool]))
-    return RoutesStudy(study, draws, [_told(size, draws, bins) for size in sizes], division, bins)
+    per = PER[options.target_type]
+    return RoutesStudy(study, draws, [_told(size, draws, bins, per) for size in sizes], division, bins)
 
 
 def _divided(images: FeatureSet, codes: Codes, options: RoutesOptions) -> tuple[Positions, Positions, str]:
@@ -496,6 +499,6 @@ def _draw(
     return fold
 
 
-def _told(size: int | str, draws: Mapping[tuple[int | str, int], Fold], bins: int) -> DrawSize:
+def _told(size: int | str, draws: Mapping[tuple[int | str, int], Fold], bins: int, per: str) -> DrawSize:
     images = float(np.mean([len(fold.train) for (own, _), fold in draws.items() if own == size]))
-    return DrawSize(size, images, images / bins)
+    return DrawSize(size, images, images / bins, per)

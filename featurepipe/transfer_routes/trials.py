@@ -74,15 +74,18 @@ class RouteTrial:
         route: which.
         size: training images of each class, or ``all``.
         seed: of the draw.
+        per: what a size counts the images of.
     """
 
     key: str
     route: Route
     size: int | str
     seed: int
+    per: str = "class"
 
     def __str__(self) -> str:
-        return f"{self.route.name}, {self.size} images of each class, draw {self.seed + 1}"
+        images = "all images" if self.size == ALL else f"{self.size:,} images of each {self.per}"
+        return f"{self.route.name}, {images}, draw {self.seed + 1}"
 
 
 @dataclass(frozen=True)

@@ -489,7 +489,8 @@ class TuningRun:
 
     def _end_diverged(self) -> str:
         lower = Option("rate", f"{min(self.options.rate / 10, 1e-3):g}")
-        said = f"the loss became infinite or not a number in epoch {self.epoch + 1}, step {self.step + 1}"
+        said = f"the loss became infinite or not a number in epoch {self.epoch + 1}, "
+        said += f"step {self.step + 1}" if self._diverged else "after its last step"
         if self.found.epoch == 0:
             raise LossNotFinite(Message(f"{said}, before the first one ended; try ", lower))
         self.found.ended = f"{said}; kept is epoch {self.found.epoch}"

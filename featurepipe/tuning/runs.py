@@ -328,7 +328,7 @@ def tune_cut(context: TuningContext, shard: CutRun, worker: Worker, stop: Stop, 
         try:
             return tune(context.run(shard), checkpoint=context.checkpoint(shard), stop=stop, progress=progress)
         except LossNotFinite as error:
-            return Tuning({}, float("-inf"), 0, ended=str(error), failed=error.message)
+            return Tuning({}, float("-inf"), 0, ended=error.message, failed=error.message)
 
 
 @dataclass(frozen=True)

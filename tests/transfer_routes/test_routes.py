@@ -6,6 +6,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,19 +25,20 @@ from featurepipe.execution.executor import Worker
 from featurepipe.execution.local import LocalExecutor
 from featurepipe.features import session
 from featurepipe.layer_depth.journal import Journal
-from featurepipe.layer_depth.measure import Timing
+from featurepipe.layer_depth.measure import Series, Timing
 from featurepipe.layer_depth.phases import fit_seconds
 from featurepipe.layer_depth.probes import Cell
 from featurepipe.prediction.own_classes import LabelsOfClasses
 from featurepipe.progress import Lines, spoken
+from featurepipe.reporting.blocks import with_values
 from featurepipe.reporting.report import write_report
-from featurepipe.reporting.route_sections import _chosen, _table
+from featurepipe.reporting.route_sections import _answer, _chosen, _table
 from featurepipe.store import FeatureStore
 from featurepipe.transfer_routes import answers, measure, routes, similarity, trials
 from featurepipe.transfer_routes.answers import plan_text, text
 from featurepipe.transfer_routes.options import RoutesOptions
 from featurepipe.transfer_routes.similarity import layer_distances
-from featurepipe.transfer_routes.study import _ranked, labels_meant
+from featurepipe.transfer_routes.study import DrawSize, _ranked, labels_meant
 
 NETWORK: dict[str, Any] = {"backbone": "lenet5", "weights": "none", "cuts": "s2", "nodes": ["s4:gap", "bottleneck"]}
 TAKEN = ("bottleneck", "node", "layers", "tail from s2", "scratch")
@@ -185,6 +187,8 @@ def test_numbers_and_several_labels_take_every_route_but_the_network_as_it_is(
     assert set(values) == set(TAKEN)
     assert min(values.values()) > (0.3 if measure_name == "map" else -1)
     assert "exclude one another" in next(one["why"] for one in found["not_tried"] if one["route"] == "as-it-is")
+    per = {"r2": "tenth of the numbers", "map": "label"}[measure_name]
+    assert found["sizes"][0]["text"].endswith(f" a {per})")
 
 
 def test_draws_have_as_many_of_each_class_in_whole_groups_and_hold_smaller_ones(
@@ -414,9 +418,9 @@ def test_what_no_longer_fits_in_the_budget_is_said_once(
     lost = Counter(one.trial.route.kind for one in untried)
     assert lost == {"bottleneck": 1, "tail": 1, "scratch": 2}
     assert at[:3] == [
-        (0, "bottleneck, all images of each class, draw 1"),
-        (0, "bottleneck, all images of each class, draw 1: a head"),
-        (1, "bottleneck, all images of each class, draw 1"),
+        (0, "bottleneck, all images, draw 1"),
+        (0, "bottleneck, all images, draw 1: a head"),
+        (1, "bottleneck, all images, draw 1"),
     ]
 
 
@@ -467,6 +471,66 @@ def test_a_recommendation_says_that_it_rests_on_fewer_draws_than_were_asked_for(
     said = answers.few_draws_text({"node": 3, "full": 1}, 3)
     assert said == "measured full on 1 draw of 3: take it as rough; the same command measures the others"
     assert answers.few_draws_text({"node": 3}, 3) == ""
+
+
+def test_sizes_are_of_labels_or_of_tenths_of_the_numbers_where_there_are_no_classes(settled: Any) -> None:
+    assert [DrawSize(*given).text for given in ((5, 20.0, 5.0, "label"), ("all", 60.0, 6.0, "tenth of the numbers"))] == [
+        "5 a label", "all (6 a tenth of the numbers)",
+    ]  # fmt: skip
+    route = settled[1][0].route
+    some = [measure.RouteTrial("", route, size, 0, "label") for size in (5, "all")]
+    assert list(map(str, some)) == ["bottleneck, 5 images of each label, draw 1", "bottleneck, all images, draw 1"]
+    why = [{"route": "full", "size": size, "draws": 2, "seconds": 9.0, "why": "so"} for size in (5, "all")]
+    assert answers._not_tried_text({"not_tried": why, "per": "label"}).splitlines() == [
+        "no result: full, 5 a label, 2 draws (about 9.0 s): so", "no result: full, all images, 2 draws (about 9.0 s): so",
+    ]  # fmt: skip
+
+
+def test_why_a_network_has_no_classes_is_said_as_for_the_command_line(settled: Any) -> None:
+    context, _ = settled
+    none, why = routes._places(context.backbone(), context.study, context.options)
+    assert none is None
+    assert "Choose such weights with --weights NAME" in why
+
+
+def test_routes_of_different_draws_are_chosen_among_by_the_draws_that_both_have(settled: Any) -> None:
+    """Draw 0 is an easy one, and the dear route was measured on it alone."""
+    context, asked = settled
+    study, ways = context.study, {trial.route.name: trial.route for trial in asked}
+    tested = len(study.test)
+
+    def made(name: str, size: Any, right: tuple[float, ...]) -> measure.MeasuredRoute:
+        cells = [
+            Cell(name, seed, 0, {}, np.arange(tested) < share * tested, None, 1.0, 1.0)
+            for seed, share in enumerate(right)
+        ]
+        of = study.of(size)
+        folds = [fold for fold in of.folds if fold.seed < len(right)]
+        series = Series("pretrained", (name,), name, cells)
+        return measure.MeasuredRoute(ways[name], size, tuple(range(len(right))), replace(of, folds=folds), series)
+
+    known = [
+        made(name, size.name, right)
+        for size in study.sizes
+        for name, right in (("bottleneck", (0.9, 0.5)), ("node", (0.6, 0.6)), ("scratch", (0.92,)))
+    ]
+    costs = {
+        (one.route.name, one.size): answers.RouteCosts(0.0, cost, None)
+        for one in known
+        for cost in [{"bottleneck": 1.0, "node": 0.5, "scratch": 9.0}[one.route.name]]
+    }
+    choices = answers.choices(study, known, costs)
+    assert [(one.chosen.route.name, one.best.route.name) for one in choices] == [("bottleneck", "scratch")] * 2
+    assert choices[0].estimate.value == pytest.approx(0.7, abs=0.02)  # of all its draws, as the table has it
+    found = answers.recommended(study, known, costs, [])
+    rough = "measured scratch on 1 draw of 2: take it as rough; the same command measures the others"
+    assert [one["few_draws"] for one in found["by_size"]] == [rough, rough]
+    assert found["few_draws"] == rough
+    told = {"recommended": found, "measure": "accuracy", "per": "class", "not_tried": [], "similarity": {}}
+    line = f"with {study.sizes[0].text}: {rough}"
+    assert line in answers._answer_text(with_values(told)).splitlines()
+    page = " ".join(text for block in _answer(with_values(told)) for text in getattr(block, "paragraphs", ()))
+    assert f"With {study.sizes[0].name} images a class the answer was {rough}." in page
 
 
 def test_own_classes_that_name_some_of_the_labels_only_are_left_out_with_the_others_named() -> None:

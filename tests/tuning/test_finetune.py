@@ -331,6 +331,11 @@ def test_a_loss_that_is_no_number_names_a_lower_rate(store, tmp_path) -> None:
         finetune(store, from_node=CUT, out=tmp_path / "b", **{**FAST, "rate": 1e30})
 
 
+def test_a_loss_that_is_no_number_after_the_last_step_of_an_epoch_is_said_so(store, tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"not a number in epoch 1, after its last step, before .* try rate='0\.001'"):
+        finetune(store, from_node=CUT, out=tmp_path / "b", **{**FAST, "rate": 1e30, "batch_size": 1000})
+
+
 def test_missing_activations_name_the_command_that_makes_them(piles, store, tmp_path) -> None:
     with pytest.raises(UsageError) as found:
         finetune(store, from_node="c1", out=tmp_path / "b", **FAST)

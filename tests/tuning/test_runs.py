@@ -170,7 +170,8 @@ def test_a_run_that_diverges_is_said_and_the_others_go_on(store, tmp_path, monke
     assert found["tuning"]["diverged"] == 1
     assert [run["from"] for run in found["tuning"]["runs"]] == ["s4"]
     assert (
-        "tuning above s2 ended: the loss became infinite or not a number in epoch 1, step 1" in capsys.readouterr().err
+        "tuning above s2 ended: the loss became infinite or not a number in epoch 1, step 1, before the first one ended; "
+        "try --rate 0.0003" in capsys.readouterr().err
     )
     everywhere = True
     with pytest.raises(LossNotFinite, match=r"before the first one ended; try rate='0\.0003'"):
