@@ -15,7 +15,7 @@ from featurepipe.tuning.options import IMAGES, TuneOptions
 AS_IT_IS, BOTTLENECK, NODE, LAYERS = "as-it-is", "bottleneck", "node", "layers"
 TAIL, FULL, SCRATCH = "tail", "full", "scratch"
 ROUTES = {
-    AS_IT_IS: "the network's own classes, where their names are those of the labels",
+    AS_IT_IS: "the network's own classes that mean a label, the others left out as by evaluate --among-labels",
     BOTTLENECK: "one layer frozen, an exact head on the bottleneck",
     NODE: "one layer frozen, an exact head on the best of a few nodes",
     LAYERS: "all layers frozen, an exact head on the values of all blocks that tell most",
