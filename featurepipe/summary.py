@@ -70,7 +70,10 @@ def compact_text(report: CompactReport, *, dry_run: bool = False) -> str:
 def export_text(told: Mapping[str, Any]) -> str:
     """What ``featurepipe export`` prints of ``featurepipe.store.export_dataset``."""
     files = f" in {counted(told['files'], 'file')}" if told["files"] != 1 else ""
-    lines = [f"{told['file']}: {told['rows']:,} x {told['width']:,} {told['dtype']}, {size(told['bytes'])}{files}"]
+    of = named_columns(told["column"].split("+"), told["bottleneck"])
+    lines = [
+        f"{told['file']}: {told['rows']:,} x {told['width']:,} {told['dtype']} of {of}, {size(told['bytes'])}{files}"
+    ]
     if "since" in told:
         changes = ", ".join(f"{told[name]:,} {name}" for name in ("new", "changed", "relabelled"))
         lines.append(f"since {told['since']}: {changes}; {told['deleted']:,} deleted, listed in {told['deleted_file']}")

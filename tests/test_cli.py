@@ -239,6 +239,9 @@ def test_export(cli, filled, tmp_path):
     with np.load(tmp_path / "all.npz", allow_pickle=False) as arrays:
         assert arrays["X"].shape == (6, 84)
         assert sorted(arrays["ids"].tolist()) == sorted(f"{'ab'[n % 2]}/{n}.png" for n in range(6))
+    by_default = one_document(cli("export", filled, "--to", tmp_path / "same.npz", "--json"))
+    assert by_default["column"] == one_document(found)["column"] != ""
+    assert " float16 of bottleneck (f6.1:gap), " in cli("export", filled, "--to", tmp_path / "same.npz").out
 
 
 def test_backbones_and_nodes(cli, launcher):

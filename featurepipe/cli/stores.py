@@ -55,7 +55,10 @@ def add_export(command: ArgumentParser) -> None:
     define(command, export)
     option = command.add_argument
     add_store(command)
-    option("--node", required=True, metavar="NODE[:POOLING]", help="which column; see featurepipe info STORE")
+    option(
+        "--node", default="bottleneck", metavar="NODE[:POOLING]",
+        help="which column; see featurepipe info STORE (default: bottleneck)",
+    )  # fmt: skip
     option(
         "--to", required=True, metavar="PATH",
         help="X, y, ids, classes, and roles; .h5, .npz or .parquet; a name without a suffix is a folder of Parquet files",

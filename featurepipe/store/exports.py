@@ -444,6 +444,7 @@ def _told(output: _Output, path: Path, found: SnapshotDifference | None) -> dict
     files = sorted(path.glob("*.parquet")) if is_partitioned(path) else [path]
     written = [file for file in files if not file.name.startswith("_")]
     told = {"file": str(path), "rows": rows, "width": width, "dtype": output.dtype.name, "files": len(written)}
+    told |= {"column": output.features.column, "bottleneck": output.features.origin.bottleneck}
     told |= {"bytes": sum(file.stat().st_size for file in files), **output.about}
     return told if found is None else {**told, **found.counts, "deleted_file": str(deleted_file(path))}
 
