@@ -24,6 +24,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,20 +82,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.tiny:
         args.images, args.script_images, args.listed, args.rows, args.rounds, args.tasks = 24, 8, 20_000, 20_000, 1, 20
     counted.dask_setup(None)  # this process is the client
-    with tempfile.TemporaryDirectory(dir=args.dir) as name:
+    with tempfile.TemporaryDirectory(dir=args.dir) as name, ExitStack() as started:
         folder = Path(name)
-        with cluster_steps.executor_of(folder / "extraction", WORKERS, "4GB") as executor:
+        executor = started.enter_context(cluster_steps.executor_of(folder / "extraction", WORKERS, "4GB"))
+        meter = Meter(executor)
+        waiting = cluster_steps.idle(executor, meter, 2 if args.tiny else 20)
+        net = partial(metered, meter, waiting)
+        extraction = measure_extraction(folder, args, executor, net)
+        handing_out = measure_handing_out(args, executor, net)
+        if (
+            not args.tiny
+        ):  # workers with little memory; a tiny run starts no second ones, which takes longer than all it does
+            started.close()
+            executor = started.enter_context(cluster_steps.executor_of(folder / "fit", WORKERS, args.memory))
             meter = Meter(executor)
-            waiting = cluster_steps.idle(executor, meter, 2 if args.tiny else 20)
-            extraction = measure_extraction(folder, args, executor, partial(metered, meter, waiting))
-            handing_out = measure_handing_out(args, executor, partial(metered, meter, waiting))
-        with cluster_steps.executor_of(folder / "fit", WORKERS, args.memory) as executor:
-            meter = Meter(executor)
-            net = partial(metered, meter, cluster_steps.idle(executor, meter, 2 if args.tiny else 20))
-            record.note(f"making a store of {args.rows:,} rows")
-            view = cluster_steps.fill_store(folder / "store", args.rows, args.width, args.classes)
-            fit = measure_fit(folder / "store", view, args, executor, net)
-            passing = measure_passes(view, args, executor, net)
+            net = partial(metered, meter, cluster_steps.idle(executor, meter, 20))
+        record.note(f"making a store of {args.rows:,} rows")
+        view = cluster_steps.fill_store(folder / "store", args.rows, args.width, args.classes)
+        fit = measure_fit(folder / "store", view, args, executor, net)
+        passing = measure_passes(view, args, executor, net)
     found = {"extraction": extraction, "handing_out": handing_out, "fit": fit, "passes": passing}
     costs = costs_of(found, waiting)
     return {
