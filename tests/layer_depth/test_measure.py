@@ -144,7 +144,13 @@ def test_a_signal_ends_it_at_once_and_says_what_is_kept(study, counted, monkeypa
     assert len(counted.calls) == 1
 
 
-def test_seconds_of_work_start_no_processes(study, counted, monkeypatch):
+@pytest.fixture
+def no_time_passes(monkeypatch):
+    """A busy machine makes nothing take longer."""
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 0.0, time=time.time))
+
+
+def test_seconds_of_work_start_no_processes(study, counted, monkeypatch, no_time_passes):
     monkeypatch.setattr(module, "ProcessExecutor", lambda *_, **__: pytest.fail("started"))
     found = counted(study(heads=("centroid", "knn"), folds=3, seeds=2), jobs=2)
     assert len(counted.calls) == 2 * 6
@@ -172,12 +178,12 @@ def test_processes_are_started_as_soon_as_much_is_left(study, counted, monkeypat
 
 
 @pytest.mark.slow
-def test_several_at_once_measure_the_same(study, counted, tmp_path, monkeypatch):
+def test_several_at_once_measure_the_same(study, counted, tmp_path, monkeypatch, no_time_passes):
     given = study(heads=("logistic", "knn"), seeds=2, shifted="away")
     alone = counted(given, jobs=2)
     assert len(counted.calls) == 8  # seconds of work: all here
     counted.path = tmp_path / "other.jsonl"
-    monkeypatch.setattr(module, "WORTH_STARTING", 0.0)
+    monkeypatch.setattr(module, "WORTH_STARTING", -1.0)
     together = counted(given, jobs=2)
     assert len(counted.calls) == 1  # the others in processes
     check_same(alone, together)
