@@ -493,7 +493,7 @@ def _draw(
         raise UsageError(
             Message(
                 f"{len(rows):,} training images of dataset {dataset} leave no image to choose parameters by, or fewer than two "
-                "classes to learn from; give more images, or larger ", Option("sizes", size),
+                "classes to learn from; give more images", *(() if size == ALL else (", or larger ", Option("sizes"))),
             )
         )  # fmt: skip
     return fold

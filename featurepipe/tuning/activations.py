@@ -451,7 +451,7 @@ def store_features(
 ) -> StoredFeatures:
     """Computes the bottleneck features of a tuned network from the stored activations, for images that lack them.
 
-    They are features of the space that `featurepipe.extract` gives images with the bundle's weights, and heads, ``depth`` and
+    They are features of the space that `featurepipe.extract` gives images with the bundle's weights, and heads, ``evaluate`` and
     ``drift`` take them. They differ from those by the rounding of the activations at the cut to the stored dtype. How much
     that is, is measured by rounding once more: where it is beyond `BATCH_TOLERANCE`, nothing is stored.
 

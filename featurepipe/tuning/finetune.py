@@ -142,9 +142,9 @@ def finetune(
         memory: what activations may take; above it they are read from the store step by step.
         seed: of draws.
         store_features: at the end, keep the tuned network's bottleneck of all images of the dataset in the store, computed from
-            the activations: a feature space of its own, that of ``extract`` with the bundle's weights, so that heads, ``depth``,
-            ``drift`` and ``evaluate`` work on it. Images that have it already are passed over, also where nothing is tuned since
-            nothing changed.
+            the activations: a feature space of its own, that of ``extract`` with the bundle's weights, so that heads, ``drift``
+            and ``evaluate`` work on it (``depth`` compares several columns, and computes the others from images). Images that
+            have it already are passed over, also where nothing is tuned since nothing changed.
         weights: the backbone's weights file, where the features are of one of your own, or a mapping of such files by the
             fingerprint of the feature space; of images as in ``extract``.
         trust_code: as in `featurepipe.train`.
