@@ -21,7 +21,6 @@ from featurepipe.heads.statistics.prediction_shift import class_shift, label_shi
 from featurepipe.heads.statistics.two_sample import two_sample
 from featurepipe.monitoring.options import DriftOptions
 from featurepipe.monitoring.samples import (
-    PREVIOUS,
     Columns,
     Side,
     columns_to_compare,
@@ -37,6 +36,7 @@ from featurepipe.store import FeatureStore, Space
 from featurepipe.store.choice import require_snapshot
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import NO_GROUP
+from featurepipe.store.snapshots import PREVIOUS
 from featurepipe.store.space import extract_command
 from featurepipe.store.views import FeatureSet
 

@@ -17,7 +17,7 @@ from featurepipe.store.choice import require_snapshot, usable_keys
 from featurepipe.store.labelled_images import LabelledImages
 from featurepipe.store.roles import with_groups
 from featurepipe.store.rows import ColumnRows, WideRows
-from featurepipe.store.snapshots import OK
+from featurepipe.store.snapshots import FIRST, OK, PREVIOUS
 from featurepipe.store.space import Origin
 from featurepipe.store.views import FeatureSet
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 MOST = 20_000
 """Images of a side that are looked up at most."""
-
-PREVIOUS, FIRST = "previous", "first"
 
 
 @dataclass(frozen=True)

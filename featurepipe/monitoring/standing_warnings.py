@@ -19,6 +19,7 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.records import ACCEPTANCE
 from featurepipe.store import FeatureStore
 from featurepipe.store.choice import usable_keys
+from featurepipe.store.snapshots import FIRST, PREVIOUS
 
 NO_DRIFT, WARNING, DRIFT, TOO_FEW = "no drift", "warning", "drift", "too few images"
 
@@ -85,7 +86,7 @@ def prediction_tests(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, A
     ]
 
 
-_NAMED = ("previous", "first")
+_NAMED = (PREVIOUS, FIRST)
 
 
 def drift_result(run: Run) -> Mapping[str, Any]:

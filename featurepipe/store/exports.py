@@ -31,7 +31,7 @@ from featurepipe.store.labelled_images import ROLES
 from featurepipe.store.locks import starts_again
 from featurepipe.store.options import EVERY_COLUMN, GROUP, ROWS_PER_FILE, ExportOptions, RoleOptions, is_file_of_groups
 from featurepipe.store.roles import with_roles
-from featurepipe.store.snapshots import OK, SnapshotDifference, difference, snapshot_of_run
+from featurepipe.store.snapshots import FIRST, OK, PREVIOUS, SnapshotDifference, difference, snapshot_of_run
 from featurepipe.store.views import FeatureSet
 
 BLOCK_BYTES = 32 << 20
@@ -363,7 +363,7 @@ def export_dataset(
         options: Those of `ExportOptions`.
 
     Returns:
-        ``file``, ``rows``, ``width``, ``dtype``, ``bytes``, ``files``, ``snapshot``, and with ``since`` or ``new`` also
+        ``file``, ``rows``, ``width``, ``dtype``, ``column``, ``bytes``, ``files``, ``snapshot``; with ``since`` or ``new`` also
         ``since``, the counts ``new``, ``changed``, ``relabelled`` and ``deleted``, and ``deleted_file``, whose ``id`` are the
         images that the earlier snapshot had and this one has not.
 
@@ -462,11 +462,11 @@ def _since(store: FeatureStore, dataset: str, asked: str | None, snapshot: str, 
     Raises:
         UsageError: There is none before, or that one is later.
     """
-    if new:
-        return previous_snapshot(store, dataset, snapshot)
+    if new or asked == PREVIOUS:
+        return previous_snapshot(store, dataset, snapshot, asked)
     if asked is None:
         return None
-    since = _snapshot(store, dataset, asked)
+    since = store.snapshot_ids(dataset)[0] if asked == FIRST else _snapshot(store, dataset, asked)
     if since > snapshot and since in store.snapshot_ids(dataset):
         raise UsageError(
             Message(Option("since", asked), f" is later than the snapshot that is exported, {snapshot}; swap them")
@@ -474,7 +474,7 @@ def _since(store: FeatureStore, dataset: str, asked: str | None, snapshot: str, 
     return since
 
 
-def previous_snapshot(store: FeatureStore, dataset: str, snapshot: str) -> str:
+def previous_snapshot(store: FeatureStore, dataset: str, snapshot: str, asked: str | None = None) -> str:
     """The snapshot before one, of another night: a job's night leaves one for each of its feature spaces.
 
     Raises:
@@ -484,8 +484,9 @@ def previous_snapshot(store: FeatureStore, dataset: str, snapshot: str) -> str:
     night = {snapshot, *job.get("extractions", ())}
     before = [name for name in store.snapshot_ids(dataset) if name < snapshot and name not in night]
     if not before:
+        option = Option("new") if asked is None else Option("since", asked)
         raise UsageError(
-            Message(f"{snapshot} is the first snapshot of dataset {dataset}: all is new; leave out ", Option("new"))
+            Message(f"{snapshot} is the first snapshot of dataset {dataset}: all is new; leave out ", option)
         )
     return before[-1]
 

@@ -227,9 +227,9 @@ class ExportOptions(HandingOnOptions, LabelsOption, SpaceOption, DatasetOption):
     since: str | None = option(
         None, "only images that are new or changed (bytes, label, split, --metadata) since this snapshot or run of a job; those "
         "that are gone are listed in FILE.deleted.parquet, or _deleted.parquet of the folder",
-        metavar="RUN-ID",
+        metavar="previous|first|RUN-ID",
     )  # fmt: skip
-    new: bool = option(False, "the same, since the snapshot of the run before")
+    new: bool = option(False, "the same as --since previous")
     backbone: str | None = option(
         None, "a backbone, a space's name or fingerprint; default: the only one with that column", metavar="NAME"
     )

@@ -22,6 +22,9 @@ from featurepipe.store.atomic import atomic_file, checked_folder, listed, made_f
 from featurepipe.store.documents import checked_dataset, is_dataset, is_run_id
 
 OK, REJECTED = "ok", "rejected"
+PREVIOUS, FIRST = "previous", "first"
+"""What commands call the snapshot before one, and a dataset's first."""
+
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),

@@ -60,6 +60,12 @@ def test_new_is_since_the_run_before_and_nothing_new_is_no_error(store, rows, ni
         assert file["X"].shape == (0, 4)
     with pytest.raises(UsageError, match="first snapshot of dataset d: all is new; leave out new"):
         export_dataset(store, "a", tmp_path / "x.npz", new=True, snapshot=nights[0], silent=True)
+    with pytest.raises(UsageError, match="all is new; leave out since"):
+        export_dataset(store, "a", tmp_path / "x.npz", since="previous", snapshot=nights[0], silent=True)
+    previous = export_dataset(store, "a", tmp_path / "x.npz", since="previous", silent=True)
+    assert previous == export_dataset(store, "a", tmp_path / "x.npz", new=True, silent=True)
+    first = export_dataset(store, "a", tmp_path / "x.npz", since="first", silent=True)
+    assert first == export_dataset(store, "a", tmp_path / "x.npz", since=nights[0], silent=True)
     with pytest.raises(UsageError, match="is later than the snapshot"):
         export_dataset(store, "a", tmp_path / "x.npz", since=third, snapshot=nights[0], silent=True)
     for strange in ("2020", "yesterday"):  # before and after all that there are
