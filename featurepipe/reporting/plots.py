@@ -55,9 +55,14 @@ def plot_features(features: FeatureSet, *, method: str = "PCA", ax: Axes | None 
 
 
 def plot_curve(result: Document, ax: Axes) -> Axes:
-    """Measures with 95 % intervals: of layers over the nodes, the recommended one marked; of routes over images to learn from."""
+    """Measures with 95 % intervals: of layers over the nodes, the recommended one marked; of routes over images to learn from.
+
+    Of several networks, the measures of their layers over the time of an image.
+    """
     if result.get("kind") == "routes":
         return _plot_routes(result, ax)
+    if result.get("kind") == "networks":
+        return _plot_networks(result, ax)
     measure = measure_of(result)
     columns = [str(entry["column"]) for entry in result["columns"]]
     best = (result.get("recommended") or {}).get("column")
@@ -94,6 +99,43 @@ def _plot_routes(result: Document, ax: Axes) -> Axes:
         )
     ax.set_xscale("log")
     ax.set_xlabel("images to learn from")
+    ax.set_ylabel(measure.word)
+    ax.legend(frameon=False)
+    return ax
+
+
+def _plot_networks(result: Document, ax: Axes) -> Axes:
+    measure, best = measure_of(result), result["recommended"]
+    for number, one in enumerate(result["networks"]):
+        known = {column["column"]: finite(column.get("ms_per_image")) for column in one["columns"]}
+        times = {column: time for column, time in known.items() if time is not None}
+        own = [r for r in one["results"] if (r["network"], r["tested_on"]) == ("pretrained", "source")]
+        for place, head in enumerate(dict.fromkeys(r["head"] for r in own)):
+            some = [(times[r["column"]], r) for r in own if r["head"] == head and r["column"] in times]
+            some.sort(key=lambda pair: pair[0])
+            values = [r[measure.name] for _, r in some]
+            reach = [
+                [abs(_bound(r, side, measure.name) - r[measure.name]) for _, r in some] for side in ("low", "high")
+            ]
+            label = displayed(f"{one['backbone']['name']}, {head}")
+            colour = SERIES[number % len(SERIES)].light
+            style = ("-", "--", ":", "-.")[place % 4]
+            ax.errorbar(
+                [time for time, _ in some],
+                values,
+                yerr=reach,
+                marker="o",
+                color=colour,
+                linestyle=style,
+                label=label,
+                capsize=2,
+            )
+    if finite(best.get("ms_per_image")) is not None:
+        named = named_columns(best["column"], result["backbone"].get("description", {}).get("bottleneck"))
+        name = displayed(f"{named} of {best['backbone']}")
+        ax.axvline(best["ms_per_image"], color="0.5", linestyle=":", label=f"recommended: {shortened(name, 40)}")
+    ax.set_xscale("log")
+    ax.set_xlabel("milliseconds an image")
     ax.set_ylabel(measure.word)
     ax.legend(frameon=False)
     return ax
@@ -235,8 +277,12 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _has_curve(result: Document) -> bool:
-    entries = result.get("results")
-    return result.get("kind") in {"depth", "routes"} and result.get("measure", "accuracy") in MEASURES and bool(entries)
+    entries = result.get("networks" if result.get("kind") == "networks" else "results")
+    return (
+        result.get("kind") in {"depth", "networks", "routes"}
+        and result.get("measure", "accuracy") in MEASURES
+        and bool(entries)
+    )
 
 
 def _map_of(result: Document, ax: Axes, **how: Any) -> Axes:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import featurepipe as fp
 from featurepipe.errors import UsageError
@@ -14,6 +15,7 @@ from featurepipe.heads.statistics.comparison import difference_over_folds
 from featurepipe.layer_depth.answers import compared, names_of
 from featurepipe.layer_depth.text import _networks, text
 from featurepipe.reporting.report import write_report
+from featurepipe.results import Result
 
 
 def document(name: str, cells: dict[str, list[float]], times: dict[str, float], **other: object) -> dict:
@@ -107,6 +109,19 @@ def test_text_and_page_name_each_network_and_what_is_the_bottleneck(tmp_path: Pa
     assert told.startswith("recommended of 3 networks: bottleneck (end:gap) of fast with logistic")
     assert "; the most accurate is bottleneck (end:gap) of slow, 0.8" in told
     assert all(f"Network {name}" in page for name in FOUND)  # where each one's space, weights and runs are
+
+
+def test_the_curve_of_several_networks_is_over_the_time_of_an_image() -> None:
+    axes = Result(compared(list(FOUND), FOUND.__getitem__), "depth").plot("curve", ax=Figure().add_subplot())
+    drawn = {bars.get_label(): bars.lines[0] for bars in axes.containers}
+    assert list(drawn) == [f"{name}, logistic" for name in FOUND]
+    for name, line in zip(FOUND, drawn.values(), strict=True):
+        times = {column["column"]: column["ms_per_image"] for column in FOUND[name]["columns"]}
+        expected = sorted((times[row["column"]], row["accuracy"]) for row in FOUND[name]["results"])
+        np.testing.assert_allclose(line.get_xydata(), expected)
+    (marked,) = [line for line in axes.lines if str(line.get_label()).startswith("recommended")]
+    assert marked.get_label() == "recommended: bottleneck (end:gap) of fast"
+    assert list(marked.get_xdata()) == [2.0, 2.0]
 
 
 def test_the_page_has_every_layer_on_the_other_source_and_its_logme(tmp_path: Path) -> None:
