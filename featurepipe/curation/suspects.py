@@ -546,18 +546,19 @@ def _document(features: FeatureSet, values: Blocks, suspects: Suspects, limit: i
             if other >= 0:
                 images.append({"id": ids[other], "lines": [shown[other], f"distance {apart:.3g}"]})
         groups.append({"title": f"{place + 1}. {ids[row]}", "images": images})
-    several = f"{counted(len(suspects.rows), 'label')} of {counted(len(features), 'image')}"
-    counts = f"{several} of {features.origin.dataset} look wrong"
     is_number = features.targets is not None and not features.target_names
+    noun = "number" if is_number else "label"
+    several = f"{counted(len(suspects.rows), noun)} of {counted(len(features), 'image')}"
+    counts = f"{several} of {features.origin.dataset} look wrong"
     kind, score = ("a ridge regression", _FAR_OFF) if is_number else ("a logistic regression", _IMPROBABLE)
     paragraphs = [
         f"{counts}: each image was judged by {kind} on the features at {features.named_column} that was fitted without it.",
-        f"{score} Some labels may be right, and the image unusual.",
-        f"Each image is followed by the {_NEIGHBOURS} nearest to it, with their labels. {DISTANCES['cosine']}",
+        f"{score} Some {noun}s may be right, and the image unusual.",
+        f"Each image is followed by the {_NEIGHBOURS} nearest to it, with their {noun}s. {DISTANCES['cosine']}",
     ]
     if len(rows) < len(suspects.rows):
         paragraphs.append(f"The first {len(rows)} are shown, the most suspect first; a .csv file has all.")
-    return {"kind": "images", "version": 1, "title": "Suspect labels", "paragraphs": paragraphs, "groups": groups}
+    return {"kind": "images", "version": 1, "title": f"Suspect {noun}s", "paragraphs": paragraphs, "groups": groups}
 
 
 _IMPROBABLE = "The score is the probability that was given to the label as it is: the lower, the more suspect."
@@ -592,11 +593,17 @@ def plan_text(found: Mapping[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def count_text(found: Mapping[str, Any]) -> str:
+    """How many labels, or numbers, look wrong; an image may have several labels."""
+    if found["kind"] == "multilabel":
+        return f"{counted(found['count'], 'label')} of {counted(found['images'], 'image')} look wrong"
+    noun = "numbers" if found["kind"] == "continuous" else "labels"
+    return f"{found['count']:,} of {found['images']:,} {noun} look wrong"
+
+
 def labels_text(found: Mapping[str, Any]) -> str:
     """Sums up what `labels` returns, as plain text."""
-    lines = [
-        f"{found['dataset']}: {found['count']:,} of {found['images']:,} labels look wrong, by {column_text(found)}"
-    ]
+    lines = [f"{found['dataset']}: {count_text(found)}, by {column_text(found)}"]
     if found["unlabelled"]:
         lines.append(f"{counted(found['unlabelled'], 'image')} without a label, not checked")
     lines += [f"WARNING: {text}" for text in found["warnings"]]

@@ -303,8 +303,9 @@ def _nowhere(store: FeatureStore, names: Sequence[str], ids: Sequence[str]) -> U
     hint = f"; nearest to {ids[0]!r}: {', '.join(near)}" if near else ""
     others = held_elsewhere(store, ids, names[0]) if len(names) == 1 else {}
     hint += "".join(f"; dataset {name} has {count:,} of them" for name, count in others.items())
+    verb = "is" if len(ids) == 1 else "are"
     return UsageError(
-        f"{len(ids):,} of the ids are nowhere in {'dataset' if len(names) == 1 else 'datasets'} {', '.join(names)} (no "
+        f"{len(ids):,} of the ids {verb} nowhere in {'dataset' if len(names) == 1 else 'datasets'} {', '.join(names)} (no "
         f"snapshot, part or reject names them): {first_names(ids, 5)}{hint}. Nothing was forgotten; mend or remove them"
     )
 

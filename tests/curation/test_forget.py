@@ -225,7 +225,7 @@ def test_from_the_command_line(store, tmp_path, capsys, monkeypatch):
     told = json.loads(capsys.readouterr().out)
     assert told["rows_dropped"] == 3
     assert main(["forget", str(store.path), "--id", "flat/7.png"]) == 2
-    assert "1 of the ids are nowhere in dataset d" in capsys.readouterr().err
+    assert "1 of the ids is nowhere in dataset d" in capsys.readouterr().err
     assert main(["forget", str(store.path)]) == 2
     assert "no image to forget" in capsys.readouterr().err
     assert main(["forget", str(store.path), "--id", "flat/0.png", "--look-in", str(tmp_path / "absent")]) == 2

@@ -226,7 +226,13 @@ def test_several_labels_are_checked_one_by_one_and_numbers_by_their_residual(blo
     }
     again = labels(blobs.store, labels=tmp_path / "x.csv", multilabel=["warm", "first"], silent=True)
     assert again["suspects"] == found["suspects"]
-    number = labels(blobs.store, labels=tmp_path / "more.csv", target="age", silent=True)
+    several = f"{found['count']} labels of {found['images']} images look wrong"
+    assert labels_text(found).startswith(f"pile: {several}, by ")
+    page = tmp_path / "x.html"
+    number = labels(blobs.store, labels=tmp_path / "more.csv", target="age", to=page, silent=True)
+    assert labels_text(number).startswith(f"pile: {number['count']} of {number['images']} numbers look wrong, by ")
+    assert "Suspect numbers" in page.read_text()
+    assert "with their numbers." in page.read_text()
     assert number["suspects"][0]["id"] == "90.png"
     assert abs(float(number["suspects"][0]["suggested"]) - 50) < 8
     assert number["kind"] == "continuous"

@@ -207,7 +207,7 @@ def test_quarantined_parts_go_unless_they_hold_none_of_it(filled, space, rows, f
 def test_an_unknown_id_changes_nothing(filled):
     before = sorted((path, path.stat().st_mtime_ns) for path in filled.path.rglob("*.*") if path.name != ".lock")
     with pytest.raises(
-        UsageError, match=r"1 of the ids are nowhere in dataset d .*: alise/1\.png; nearest .*alice/1\.png"
+        UsageError, match=r"1 of the ids is nowhere in dataset d .*: alise/1\.png; nearest .*alice/1\.png"
     ):
         forget_images(filled, ["alice/2.png", "alise/1.png"])
     with pytest.raises(UsageError, match="unknown dataset 'dd' in "):
@@ -319,7 +319,7 @@ def test_ids_of_one_dataset_among_several_are_said_to_be_its_own(datasets):
     assert (report.dataset, report.datasets, report.several) == ("e", {"e": 1}, 0)
     assert not Forgotten.of(datasets.path).has_ids("d", ["dave.png"]).any()
     with pytest.raises(
-        UsageError, match=r"^1 of the ids are nowhere in datasets d, e, f .*: erim\.png; nearest .*erin\.png"
+        UsageError, match=r"^1 of the ids is nowhere in datasets d, e, f .*: erim\.png; nearest .*erin\.png"
     ):
         forget_images(datasets, ["frank.png", "erim.png"])
     assert forget_images(datasets, ["erim.png"], unknown_ok=True).unknown == 1

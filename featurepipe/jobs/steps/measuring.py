@@ -276,9 +276,10 @@ def similar(night: Night, table: SimilarTable) -> dict[str, Any]:
 
 def labels(night: Night, table: LabelsTable) -> dict[str, Any]:
     """Finds labels that look wrong."""
+    from featurepipe.curation.suspects import count_text
     from featurepipe.curation.suspects import labels as run
 
-    return _asked(night, table, run, lambda found: f"{found['count']:,} of {found['images']:,} labels look wrong")
+    return _asked(night, table, run, count_text)
 
 
 def outliers(night: Night, table: OutliersTable) -> dict[str, Any]:
