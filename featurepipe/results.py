@@ -97,8 +97,8 @@ class Result(dict[str, Any]):
         """Draws a part of the result with matplotlib.
 
         Args:
-            what: ``"curve"`` (the measure over the depth of the network, or of routes over images), ``"confusion"``, ``"map"``,
-                or ``"mistakes"``; by default the first of these that the result has.
+            what: ``"curve"`` (the measure over the depth of the network, of several networks over the time of an image, or of
+                routes over images), ``"confusion"``, ``"map"``, or ``"mistakes"``; by default the first of these that it has.
             ax: Where to draw; by default a new figure.
             **how: Of ``"mistakes"``, ``images``: a folder or function that gives the image of an id, and ``most``, how many.
 

@@ -135,7 +135,7 @@ def _plot_networks(result: Document, ax: Axes) -> Axes:
         name = displayed(f"{named} of {best['backbone']}")
         ax.axvline(best["ms_per_image"], color="0.5", linestyle=":", label=f"recommended: {shortened(name, 40)}")
     ax.set_xscale("log")
-    ax.set_xlabel("milliseconds an image")
+    ax.set_xlabel("milliseconds per image")
     ax.set_ylabel(measure.word)
     ax.legend(frameon=False)
     return ax
