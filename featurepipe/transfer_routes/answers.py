@@ -494,8 +494,10 @@ def gap_text(gap: Mapping[str, Any] | None, most: int) -> str:
 def _not_tried_text(found: Mapping[str, Any]) -> str:
     lines = []
     for one in found["not_tried"]:
-        size = "all images" if one.get("size") == ALL else f"{one.get('size')} a {found['per']}"
-        where = f", {size}, {counted(one['draws'], 'draw')}" if "size" in one else ""
+        where = ""
+        if "size" in one:
+            images = "all images" if one["size"] == ALL else f"{one['size']} a {found['per']}"
+            where = f", {images}, {counted(one['draws'], 'draw')}"
         lasts = f" (about {took(one['seconds'])})" if "seconds" in one else ""
         lines.append(f"no result: {one['route']}{where}{lasts}: {one['why']}")
     return "\n".join(lines)
