@@ -355,12 +355,15 @@ def pip_install(extra: str) -> str:
 
 
 def nearest(value: str, names: Sequence[str]) -> list[str]:
-    """Up to three names that look most like a value, or hold it.
+    """Up to three names that look most like a value, or hold it, each once.
 
     Example:
         >>> nearest("--stroe", ["--store", "--label"])
         ['--store']
+        >>> nearest("a/1.pgn", ["a/1.png", "a/1.png"])
+        ['a/1.png']
     """
+    names = list(dict.fromkeys(names))
     near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
     return near + [name for name in names if len(value) >= 3 and value in name and name not in near][: 3 - len(near)]
 
