@@ -73,7 +73,7 @@ def forget(
             what a killed call began.
         dataset: Whose ids they are; by default an image goes from each dataset that has something of it.
         look_in: Folders and files to search for bundles, stores, pages and tables that depend on the images, besides those that
-            the store's run records name.
+            the store's run records name, and bundles and stores beside the store or in the current folder.
         may_come_back: Let the next extraction compute the images if the source still has them.
         dry_run: Only say what would go, and what depends on it.
         request: The file that the ids were read from, which is not among what depends on them; by default ``ids``, if that is
@@ -305,12 +305,13 @@ def dependents(
     Args:
         store: The store that they are removed from.
         order: The images.
-        places: Where to look; besides, where run records say that something was written.
+        places: Where to look; besides, where run records say that something was written, and for bundles and stores
+            directly beside the store and in the current folder.
         seen: Told what was found.
         request: The resolved path of the file that lists the images, which is not among what depends on them.
     """
     done: set[Path] = set() if request is None else {request}
-    for path in _candidates([*places, *_named_in_records(store)], store.path.resolve()):
+    for path in _candidates([*places, *_named_in_records(store), *_beside(store)], store.path.resolve()):
         key = path.resolve()
         if key in done:
             continue
@@ -342,6 +343,14 @@ def _named_in_records(store: FeatureStore) -> Iterator[Path]:
                         or is_store(path)
                     ):
                         yield path
+
+
+def _beside(store: FeatureStore) -> Iterator[Path]:
+    """Bundles and stores in the store's own folder and in the current one, where commands write them unless told otherwise."""
+    for folder in dict.fromkeys((store.path.resolve().parent, Path.cwd())):
+        with suppress(OSError), os.scandir(folder) as entries:
+            folders = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+            yield from (Path(one) for one in folders if (Path(one) / "bundle.json").is_file() or is_store(Path(one)))
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -493,7 +502,8 @@ def forget_text(told: Mapping[str, Any]) -> str:
         lines.append(f"not looked into, as files of another kind: {first_names(kinds, 8)}")
     if told["images"] and not told["dependents"]:
         lines.append(
-            f"depends on them: nothing{' else' if told['unread'] else ''} that run records name{_where_else(told)}"
+            f"depends on them: nothing{' else' if told['unread'] else ''} that run records name, no bundle or store beside this "
+            f"one{_where_else(told)}"
         )
     return "\n".join(lines)
 

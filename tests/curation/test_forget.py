@@ -1,6 +1,7 @@
 """A person asks to be forgotten: features, pictures of a page, a bundle; and the images are still in the source."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,19 @@ def test_bytes_that_stay_for_another_id_are_found_in_bundles_again(store, source
     assert kinds_of(again)["bundle", "knn"] == kinds_of(first)["bundle", "knn"]
 
 
+def test_a_bundle_beside_the_store_or_in_the_current_folder_is_found_unasked(store, trained, tmp_path, monkeypatch):
+    beside, here = store.path.parent / "beside", tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    told = forget(store, PERSON[:1], dry_run=True, silent=True)
+    unasked = {Path(one["path"]).name for one in told["dependents"]}
+    shutil.copytree(trained / "knn", beside)
+    shutil.copytree(trained / "knn", here / "deeper" / "knn")
+    shutil.copytree(trained / "knn", here / "mine")
+    told = forget(store, PERSON[:1], dry_run=True, silent=True)
+    assert {Path(one["path"]).name for one in told["dependents"]} - unasked == {"beside", "mine"}
+
+
 def test_features_that_were_handed_on_and_tables_of_any_size_are_named(store, tmp_path, capsys, monkeypatch):
     made = tmp_path / "made"
     made.mkdir()
@@ -192,7 +206,10 @@ def test_features_that_were_handed_on_and_tables_of_any_size_are_named(store, tm
     assert "not looked into, as files of another kind: without a suffix (1), .pt (2)" in text
     nothing = forget(store, ["down/1.png"], look_in=[made / "free.csv"], silent=True)
     assert (nothing["dependents"], nothing["looked_in"]) == ([], [str(made / "free.csv")])
-    assert "nothing that run records name, and nothing that was looked in" in forget_text(nothing)
+    assert (
+        "nothing that run records name, no bundle or store beside this one, and nothing that was looked in"
+        in forget_text(nothing)
+    )
 
 
 def test_the_rejects_of_a_store_do_not_depend_on_its_images(store, source):
@@ -201,7 +218,10 @@ def test_the_rejects_of_a_store_do_not_depend_on_its_images(store, source):
     assert Path(record["rejects_file"]).is_file()
     told = forget(store, ["flat/torn.png"], silent=True)
     assert (told["rejects_removed"], told["dependents"]) == (1, [])
-    assert "nothing that run records name; --look-in FOLDER searches further" in forget_text(told)
+    assert (
+        "nothing that run records name, no bundle or store beside this one; --look-in FOLDER searches further"
+        in forget_text(told)
+    )
 
 
 def test_a_folder_of_features_that_a_job_wrote_is_named(store, tmp_path):
