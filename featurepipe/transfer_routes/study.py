@@ -14,7 +14,7 @@ import numpy as np
 from featurepipe.backbones import Backbone, load_backbone
 from featurepipe.backbones.from_user import check_trusted
 from featurepipe.backbones.loading import ALL as EVERY
-from featurepipe.backbones.tail import Tail, cuts
+from featurepipe.backbones.tail import Tail, cuts, refuse_joined
 from featurepipe.display import counted, first_names
 from featurepipe.errors import Message, Option, UsageError, pip_install
 from featurepipe.extraction.extract import network_for
@@ -145,7 +145,7 @@ def planned(
     is_random = network.is_random
     if held is not None:
         is_random = bool(space.notes.get("backbone", {}).get("random"))
-    _plan_images(plan, options, None if held is None else kept, is_random=is_random)
+    _plan_images(plan, network, options, None if held is None else kept, is_random=is_random)
     is_asked = options.routes is not None and AS_IT_IS in options.kinds
     # Other labels are joined to images that are known.
     if is_asked and held is None and labels is None and options.label is None:
@@ -166,7 +166,8 @@ def _plan_cuts(plan: RoutesPlan, network: Backbone, options: RoutesOptions, held
     else:
         usable = cuts(network)
         if not usable:
-            plan.refuse(TAIL, f"{network.name} cannot be traced by torch.fx, so that it cannot be cut", options)
+            why = f"{network.name} cannot be traced by torch.fx, so that it cannot be cut"
+            plan.refuse(TAIL, _why_joined(network) or why, options)
             return
         columns = {node: _tail_at(network, node).column for node in usable}
         there = [node for node in usable if held is None or columns[node] in held] or usable
@@ -203,16 +204,27 @@ def _plan_own_classes(
         plan.refuse(AS_IT_IS, why, options)
 
 
-def _plan_images(plan: RoutesPlan, options: RoutesOptions, store: FeatureStore | None, *, is_random: bool) -> None:
+def _why_joined(network: Backbone) -> str:
+    """Why layers of several networks side by side are not tuned; empty for one network."""
+    try:
+        refuse_joined(network)
+    except UsageError as error:
+        return error.message
+    return ""
+
+
+def _plan_images(
+    plan: RoutesPlan, network: Backbone, options: RoutesOptions, store: FeatureStore | None, *, is_random: bool
+) -> None:
     """Whether images can be learned from."""
     wanted = [kind for kind in FROM_IMAGES if kind in options.kinds]
     if FULL in wanted and is_random:
         plan.refuse(FULL, f"the network's weights are random: tuning all of them is the route {SCRATCH}", options)
         wanted.remove(FULL)
-    why = ""
-    if find_spec("lightning_fabric") is None:
+    why = _why_joined(network)
+    if not why and find_spec("lightning_fabric") is None:
         why = f"learning from images needs Lightning Fabric; run: {pip_install('tune')}"
-    elif store is not None and wanted:
+    elif not why and store is not None and wanted:
         try:
             source, _ = recorded_source(store, plan.request.dataset or store.only_dataset())
             source.close()

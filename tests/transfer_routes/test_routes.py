@@ -549,6 +549,15 @@ def test_own_classes_that_name_some_of_the_labels_only_are_left_out_with_the_oth
     assert found.places.tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("kind", ["tail", "full", "scratch"])
+def test_layers_of_networks_side_by_side_are_not_tuned_and_that_is_why(piles: Path, tmp_path: Path, kind: str) -> None:
+    joined = "efficientnet_lite0+efficientnet_lite1"
+    with pytest.raises(
+        UsageError, match=rf"route {kind} cannot be taken: .* is 2 networks side by side, which are not"
+    ):
+        fp.routes(piles, tmp_path / "store", backbone=joined, routes=kind, silent=True)
+
+
 @pytest.mark.parametrize("kind", [{"target": "value"}, {"multilabel": "tags"}])
 def test_numbers_and_several_labels_are_told_at_once_that_own_classes_do_not_serve(
     piles: Path,
