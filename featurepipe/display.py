@@ -158,7 +158,7 @@ def counted(number: int, noun: str, one: str = "", several: str = "") -> str:
 
 
 def has(number: int) -> str:
-    """The verb of so many, where other words stand between; else `counted` says it."""
+    """``has`` or ``have``, as so many do, where other words stand between; else `counted` says it."""
     return "has" if number == 1 else "have"
 
 
