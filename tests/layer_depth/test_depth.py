@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import signal
 import time
@@ -372,12 +373,13 @@ def test_a_dry_run_counts_joined_labels_and_groups(run, pictures, tmp_path):
     assert (held["images"], held["classes"], held["groups"]) == (20, 3, 5)
 
 
-def test_settings_that_follow_the_training_images_say_so(run, pictures, trained, capsys, tmp_path):
-    run(
-        pictures(), weights=trained, control="random", test_source=pictures("away", count=3, start=500), heads=QUICK,
-        extraction={"dtype": "float32"}, silent=False,
-    )  # fmt: skip
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("precision ")]
+def test_settings_that_follow_the_training_images_say_so(run, pictures, trained, caplog, tmp_path):
+    with caplog.at_level(logging.DEBUG, "featurepipe"):
+        run(
+            pictures(), weights=trained, control="random", test_source=pictures("away", count=3, start=500), heads=QUICK,
+            extraction={"dtype": "float32"}, silent=False,
+        )  # fmt: skip
+    said = [line for line in caplog.messages if line.startswith("precision ")]
     assert not any("asked for" in line for line in said)
     assert [line.partition(": ")[2] for line in said[1:]] == ["as the training images", *2 * ["as the trained network"]]
     records = FeatureStore(tmp_path / "store").runs()
