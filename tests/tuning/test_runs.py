@@ -85,7 +85,8 @@ def test_features_are_stored_from_the_cut_of_the_bundle_where_nothing_is_tuned_a
     assert "skipped" in again
     assert again["stored_features"]["images"] == 200
     measured = fp.evaluate(tmp_path / "b", copied, silent=True)["metrics"]["log_loss"]["value"]
-    assert measured == pytest.approx(found["test"]["log_loss"]["value"], rel=1e-5)
+    # Stored features are float16 (relative error below 5e-4); from the other cut's activations the loss is another altogether.
+    assert measured == pytest.approx(found["test"]["log_loss"]["value"], rel=5e-4)
 
 
 def test_runs_of_several_cuts_are_those_of_each_alone_and_the_best_is_kept(store, both, tmp_path) -> None:
