@@ -8,11 +8,16 @@ BIN    := $(VENV)/bin
 
 # editable_mode=compat puts the checkout on the path of $(VENV). Setuptools' default is an import hook, which Python asks
 # last: started in the folder above a checkout, it would take the checkout itself for an empty package of the same name.
+# uv does in one minute what takes pip three; it does not read pip's settings, so pip does it where they name an index, or where uv fails.
+WANTED = --constraint constraints.txt --config-settings editable_mode=compat -e '.[$*]'
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featurepipe needs Python >= 3.11; choose one: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV), with PyTorch: several minutes, with a line for each package"
-	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-compile -c constraints.txt --config-settings editable_mode=compat -e '.[$*]'
+	@echo "installing into $(VENV), with PyTorch: some minutes, with a line for each package"
+	@if ! $(PIP) config list | grep -qE '[.](index-url|no-index)=' && $(PIP) install --quiet uv; \
+	then $(BIN)/uv pip install --python $(BIN)/python --cache-dir $(VENV)/.uv $(WANTED) && rm -r $(VENV)/.uv; \
+	else false; fi || $(PIP) install --progress-bar off --no-compile $(WANTED)
 	@touch $@
 
 # As pip would, but beside the types, which keep one core busy for a minute; some packages have files of Python 2.
