@@ -181,19 +181,22 @@ def working_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     return np.dtype(np.float32 if np.dtype(dtype) in (np.float16, np.float32) else np.float64)
 
 
-def rows_per_block(width: int, dtype: npt.DTypeLike, memory: int | str | None = None) -> int:
+def rows_per_block(
+    width: int, dtype: npt.DTypeLike, memory: int | str | None = None, *, most: int = BLOCK_BYTES
+) -> int:
     """How many rows ``iterate`` reads at once.
 
     Args:
         width: Values a row.
         dtype: Of the blocks.
         memory: What all blocks that are alive at once may take, in bytes or as text ("512MB"); None for the usual size.
+        most: Bytes of a block.
 
     Raises:
         UsageError: Not even 16 rows at a time fit.
     """
     row_bytes = max(1, width) * np.dtype(dtype).itemsize
-    allowed = BLOCK_BYTES if memory is None else min(BLOCK_BYTES, bytes_of(memory) // _ALIVE)
+    allowed = most if memory is None else min(most, bytes_of(memory) // _ALIVE)
     if allowed < 16 * row_bytes and memory is not None:
         least = 16 * row_bytes * _ALIVE
         raise UsageError(f"memory {memory!r} is too little for rows of {width} values; give at least {least} bytes")

@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, SameShape, is_blocks, iterate, labels_of, targets_of
+from featurepipe.heads.devices import on_its_device
 from featurepipe.heads.row_shards import RowShards, concatenated, remote_row_shards, row_shards_of
 
 Codes = npt.NDArray[np.int64]
@@ -177,6 +178,7 @@ def checked_features(
     estimator: Any, features: Any, wanted: Any, wanted_of: Callable[[Any, Any], Found]
 ) -> tuple[Blocks, Found]:
     """The features as ``Blocks`` that look at their values, and what ``wanted_of`` makes of them and of ``wanted``."""
+    features = on_its_device(features)
     if is_blocks(features):
         estimator.n_features_in_ = features.shape[1]
         blocks: Blocks = FiniteBlocks(features)
@@ -227,6 +229,7 @@ def prediction_blocks(estimator: Any, features: Any, *, fitted: bool = True) -> 
     """
     if fitted:
         check_is_fitted(estimator)
+    features = on_its_device(features)
     if not is_blocks(features):
         options = {"reset": False, "dtype": _DTYPES, "ensure_all_finite": False}
         return _finite_array(validate_data(estimator, features, **options))

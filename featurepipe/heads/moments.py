@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featurepipe.errors import UsageError
-from featurepipe.heads.blocks import Array, Blocks, iterate
+from featurepipe.heads.blocks import Array, Blocks, iterate, rows_per_block, working_dtype
+from featurepipe.heads.devices import BLOCK_BYTES, HOST, OnDevice, namespace_of
 from featurepipe.heads.row_shards import row_shards_of
 
 
@@ -177,22 +180,33 @@ def _moments(
     dtype: npt.DTypeLike | None,
     memory: int | str | None,
 ) -> Moments:
-    """The moments of one share of the rows."""
+    """The moments of one share of the rows, summed where their blocks are."""
     weight, shift = 0.0, None
     total = squares = np.zeros(blocks.shape[1])
-    for place, block in iterate(blocks, memory=memory, dtype=dtype):
+    device = blocks.device if isinstance(blocks, OnDevice) else HOST
+    xp = device.namespace
+    for place, block in _pieces(blocks, dtype, memory):
         refuse_non_finite(block)
         if shift is None:
-            shift = block.mean(axis=0, dtype=np.float64).astype(block.dtype)
+            shift = device.put(xp.mean(block, axis=0, dtype=xp.float64), block.dtype)
         weights = np.ones(len(block)) if sample_weight is None else np.asarray(sample_weight[place], np.float64)
         centred = block - shift
         weight += float(weights.sum())
-        total = total + weights.astype(block.dtype) @ centred
-        np.square(centred, out=centred)
-        squares = squares + weights.astype(block.dtype) @ centred
+        there = device.put(weights, block.dtype)
+        total = total + device.get(there @ centred)
+        xp.square(centred, out=centred)
+        squares = squares + device.get(there @ centred)
     offset = total / weight if weight else total
     variance = np.maximum(squares / (weight or 1) - offset**2, 0)
-    return Moments(weight, offset + (0 if shift is None else shift), variance)
+    return Moments(weight, offset + (0 if shift is None else device.get(shift)), variance)
+
+
+def _pieces(blocks: Blocks, dtype: npt.DTypeLike | None, memory: int | str | None) -> Iterator[tuple[slice, Any]]:
+    """The blocks where they are."""
+    if not isinstance(blocks, OnDevice):
+        return iterate(blocks, memory=memory, dtype=dtype)
+    wanted = working_dtype(blocks.dtype) if dtype is None else np.dtype(dtype)
+    return blocks.pieces(rows_per_block(blocks.shape[1], wanted, memory, most=BLOCK_BYTES), wanted)
 
 
 def _joined(one: Gram | Moments, other: Gram | Moments) -> tuple[float, float, Array]:
@@ -203,8 +217,9 @@ def _joined(one: Gram | Moments, other: Gram | Moments) -> tuple[float, float, A
 
 def refuse_non_finite(block: Array) -> None:
     """Raises ``UsageError``, a ``ValueError``, if a value is NaN or infinite."""
-    if not np.isfinite(block.sum(dtype=np.float64)) and not np.isfinite(block).all():
-        kind = "NaN" if np.isnan(block).any() else "infinity"
+    xp = namespace_of(block)
+    if not xp.isfinite(xp.sum(block, dtype=xp.float64)) and not xp.all(xp.isfinite(block)):
+        kind = "NaN" if xp.any(xp.isnan(block)) else "infinity"
         raise UsageError(f"Input X contains {kind}: a head learns from finite features only")
 
 

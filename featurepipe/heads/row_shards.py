@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from featurepipe.display import bytes_of
 from featurepipe.heads.blocks import Array, ArrayBlocks, Blocks, as_blocks, in_memory
+from featurepipe.heads.devices import on_device
 
 Change = Callable[[Blocks], Blocks]
 Work = Callable[..., Any]
@@ -105,6 +106,8 @@ class LocalRowShards:
     def kept(self, dtype: npt.DTypeLike, memory: int | str | None) -> LocalRowShards:
         """See ``RowShards``."""
         blocks, wanted = self._blocks, np.dtype(dtype)
+        if (there := on_device(blocks)) is not None:  # which keeps them if its memory is enough
+            return LocalRowShards(there, *self._beside)
         at_hand = isinstance(blocks, ArrayBlocks) and blocks.dtype == wanted
         rows, width = blocks.shape
         if not at_hand and (memory is None or 2 * rows * width * wanted.itemsize <= bytes_of(memory)):

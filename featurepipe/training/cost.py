@@ -13,7 +13,7 @@ import numpy as np
 
 from featurepipe.display import size
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.heads.families import SMALL_VALUES, HeadFamily, families_for
+from featurepipe.heads.families import SHARED_PASSES, SMALL_VALUES, HeadFamily, families_for
 from featurepipe.progress import spoken
 
 LEAST_ROWS = 1024
@@ -42,6 +42,7 @@ class Cost:
         seconds: about how long all fits will take; None where no pilot was run.
         fits: how many fits that is.
         search_seconds: of these, the fits of a search; None where there is none, or it is not estimated.
+        device: where features are multiplied, ``cpu`` or ``cuda``.
         cluster: the cluster over whose workers the rows are spread; None where the fit runs here.
     """
 
@@ -55,6 +56,7 @@ class Cost:
     fits: int = 1
     cluster: str | None = None
     search_seconds: float | None = None
+    device: str = "cpu"
 
     @property
     def is_spread(self) -> bool:
@@ -69,6 +71,7 @@ class Cost:
             spread = f"{self.rows:,} x {self.width:,} features, spread over the workers of {self.cluster}{limit}: {self.solver}"
             return f"{spread}; {_fits(self.fits)}, whose time is not estimated on a cluster"
         where = "out of core" if self.out_of_core else "in memory"
+        where = where if self.device == "cpu" else f"on {self.device}"
         how_long = (
             "; no estimate of the time"
             if self.seconds is None
@@ -84,7 +87,9 @@ class Cost:
         return asdict(self)
 
 
-def choose_route(family: HeadFamily, rows: int, width: int, budget: int, target_type: str = "multiclass") -> Cost:
+def choose_route(
+    family: HeadFamily, rows: int, width: int, budget: int, target_type: str = "multiclass", *, device: str = "cpu"
+) -> Cost:
     """Decides between memory and blocks.
 
     Args:
@@ -93,19 +98,28 @@ def choose_route(family: HeadFamily, rows: int, width: int, budget: int, target_
         width: values per row.
         budget: bytes that the fit may take.
         target_type: of what is learned, to name other heads.
+        device: where features are multiplied; on another than the CPU they are read in blocks, however few they are.
 
     Raises:
-        UsageError: the family needs more memory than allowed and has no out-of-core form.
+        UsageError: the family needs more memory than allowed and has no out-of-core form, or is not fitted on the device.
     """
     _check(budget, width)
     need = rows * width * family.bytes_per_value
     streams = family.out_of_core
     fits_in = need <= budget
-    if fits_in and (not streams or rows * width <= SMALL_VALUES):
+    on_cpu = device == "cpu"
+    if not on_cpu and (family.name not in SHARED_PASSES or target_type == "continuous"):
+        raise UsageError(
+            Message(
+                Option("device", device), f": {family.name} is fitted on the CPU; leave it out, or choose one of the heads that "
+                f"are fitted there, which learn classes and several labels: {', '.join(SHARED_PASSES)}",
+            )
+        )  # fmt: skip
+    if fits_in and on_cpu and (not streams or rows * width <= SMALL_VALUES):
         return Cost(rows, width, need, budget, out_of_core=False, solver="scikit-learn")
     if streams:
         prepared = 2 * rows * width * np.dtype(np.float32).itemsize
-        return Cost(rows, width, need, budget, out_of_core=prepared > budget, solver="blocks")
+        return Cost(rows, width, need, budget, out_of_core=prepared > budget, solver="blocks", device=device)
     others = ", ".join(name for name, other in families_for(target_type).items() if other.out_of_core)
     raise UsageError(
         Message(

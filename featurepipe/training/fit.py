@@ -26,6 +26,7 @@ from featurepipe.heads.calibration import (
     predicted_numbers,
     probabilities,
 )
+from featurepipe.heads.devices import Device, OnDevice
 from featurepipe.heads.label_calibration import FEW
 from featurepipe.heads.statistics.aims import Wish
 from featurepipe.heads.statistics.intervals import units_of
@@ -33,7 +34,7 @@ from featurepipe.heads.statistics.regression import conformal_half_width, least_
 from featurepipe.heads.statistics.screening import choose_threshold
 from featurepipe.progress import took
 from featurepipe.store.views import FeatureSet
-from featurepipe.training.options import TrainOptions
+from featurepipe.training.options import CPU, TrainOptions
 from featurepipe.training.splits import CROSSED_FOLDS, FEWEST_FOLDS, count_units
 from featurepipe.training.task import Recipe, Task, weighted
 
@@ -48,6 +49,9 @@ INTERVAL_LEVEL = 0.9
 
 ENOUGH = 100
 """Validation images below which a temperature is rough."""
+
+SHARE_OF_DEVICE = 0.8
+"""Of a device's free memory that features may take; the rest is for blocks and their scores."""
 
 ONE_THREAD_VALUES = 5_000_000
 """Values (rows times columns) up to which one BLAS thread fits a head sooner than several."""
@@ -100,10 +104,33 @@ def _fit(
     head: BaseEstimator, features: FeatureSet | SpreadFeatures, answers: Array, task: Task, weights: Mapping[str, Any]
 ) -> None:
     if task.cost.solver == "blocks" or not isinstance(features, FeatureSet):
-        head.fit(features, answers, **weights)
+        head.fit(features_on(features, task.cost.device), answers, **weights)
     else:
         with threads_for(features.shape), constant_columns():
             head.fit(features.read(np.float32), answers, **weights)
+
+
+def features_on(features: Any, name: str) -> Any:
+    """Features that are multiplied on a device; as they are for ``cpu``."""
+    return features if name == CPU else OnDevice(features, device_called(name))
+
+
+def device_called(name: str) -> Device:
+    """A device by PyTorch's name for it, on which features may take most of the memory that is free now.
+
+    Raises:
+        UsageError: PyTorch sees no such device.
+    """
+    import torch  # loaded only where a device is asked for
+
+    count = torch.cuda.device_count()
+    if torch.device(name).type != "cuda" or (torch.device(name).index or 0) >= count:
+        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
+        raise UsageError(
+            f"device {name!r}: this PyTorch sees {counted(count, 'CUDA device')}; choices here: {known}. See: featurepipe doctor"
+        )
+    free, _ = torch.cuda.mem_get_info(name)
+    return Device(torch.empty(0, device=name), int(SHARE_OF_DEVICE * free))
 
 
 @contextmanager

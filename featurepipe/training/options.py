@@ -130,6 +130,13 @@ def _table(given: Any) -> str | None:
     return None if isinstance(given, Mapping) else "must be a table"
 
 
+def _device(given: Any) -> str | None:
+    if isinstance(given, str) and given.partition(":")[0] not in (CPU, "cuda"):
+        raise UsageError(f"unknown device {given!r}; choices: cpu, cuda, cuda:N", option="device")
+    return is_text(given)
+
+
+CPU = "cpu"
 MIN_CLASS_SIZE = 2
 DEFAULT_HEADS = {"multiclass": "logistic", "multilabel": "logistic", "continuous": "ridge", "ordinal": "logistic"}
 """The head by type of target, where none is named."""
@@ -203,6 +210,10 @@ class FitOptions(RoleOptions):
     memory: int | float | str | None = option(
         None, "what fitting may take, such as 2GB; above it, heads read blocks (default: half of the free)",
         metavar="AMOUNT", check=is_memory,
+    )  # fmt: skip
+    device: str = option(
+        CPU, "where logistic and linear-svm heads are fitted; on cuda features stay if they fit, else blocks are copied there in "
+        "each pass (default: cpu)", metavar="cpu|cuda[:N]", check=_device,
     )  # fmt: skip
     jobs: int = option(1, "fits at once in a search in memory (default: 1)", check=at_least(1, 1024))
     seed: int = option(0, "of draws and estimators (default: 0)", check=at_least(0, 2**32 - 1))

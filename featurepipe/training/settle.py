@@ -26,8 +26,8 @@ from featurepipe.store.choice import choose_space
 from featurepipe.store.options import RoleOptions
 from featurepipe.store.roles import with_roles
 from featurepipe.training.cost import Cost, available_memory, choose_on_cluster, choose_route, time_of
-from featurepipe.training.fit import INTERVAL_LEVEL, fit
-from featurepipe.training.options import SELECT_AUTO, SHARES, TrainOptions
+from featurepipe.training.fit import INTERVAL_LEVEL, device_called, fit
+from featurepipe.training.options import CPU, SELECT_AUTO, SHARES, TrainOptions
 from featurepipe.training.splits import (
     CROSSED_FOLDS,
     Division,
@@ -135,7 +135,15 @@ def settle_rows(
         classes=classes,
         codes=every if targets is not None else features.codes(classes),
         division=division,
-        cost=route(recipe, len(division.final), least_width(options, features.shape[1]), options.memory, cluster, say),
+        cost=route(
+            recipe,
+            len(division.final),
+            least_width(options, features.shape[1]),
+            options.memory,
+            cluster,
+            say,
+            device=options.device,
+        ),
         unlabelled=found.unlabelled,
         seed=recipe.seed,
         targets=targets,
@@ -194,9 +202,26 @@ def least_width(options: TrainOptions, width: int) -> int:
 
 
 def route(
-    recipe: Recipe, rows: int, width: int, memory: float | str | None, cluster: str | None, say: Callable[[str], None]
+    recipe: Recipe,
+    rows: int,
+    width: int,
+    memory: float | str | None,
+    cluster: str | None,
+    say: Callable[[str], None],
+    *,
+    device: str = CPU,
 ) -> Cost:
-    """Here or on the cluster; and if here, in memory or from blocks."""
+    """Here or on the cluster; and if here, in memory or from blocks, and on which device.
+
+    Raises:
+        UsageError: there is no such device, it is asked for on a cluster, or the head is not fitted there.
+    """
+    if device != CPU and cluster is not None:
+        raise UsageError(
+            Message(Option("device", device), " is of this machine, and a cluster fits elsewhere: give one of them")
+        )
+    if device != CPU:
+        device_called(device)
     if cluster is not None:
         exact = getattr(steps_of(recipe.make(out_of_core=True))[-1][1], "exact_rows", 0)
         if recipe.family.out_of_core and rows > exact:
@@ -204,7 +229,9 @@ def route(
             return choose_on_cluster(recipe.family, rows, width, limit, cluster)
         why = f"is exact up to {exact:,} images" if exact else "keeps all rows in one place"
         say(f"{recipe.head} {why}: it is fitted here, not on the cluster; only a search runs there")
-    return choose_route(recipe.family, rows, width, bytes_of(memory or available_memory() // 2), recipe.target_type)
+    return choose_route(
+        recipe.family, rows, width, bytes_of(memory or available_memory() // 2), recipe.target_type, device=device
+    )
 
 
 def _check(recipe: Recipe) -> None:

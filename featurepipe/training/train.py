@@ -70,6 +70,7 @@ def train(
     threshold_margin: bool = False,
     min_class_size: int = 2,
     memory: int | str | None = None,
+    device: str = "cpu",
     jobs: int = 1,
     seed: int = 0,
     weights: str | PathLike[str] | Mapping[str, str] | None = None,
@@ -135,6 +136,8 @@ def train(
         threshold_margin: let the lower 95 % limit of the recall or precision reach what is wanted, not the value alone.
         min_class_size: classes with fewer images (where the dataset has splits: to train on) are left out, and said.
         memory: what fitting may take, bytes or text such as ``"2GB"``; by default half of what is free.
+        device: where logistic and linear-svm heads of classes or labels are fitted: ``cuda`` or ``cuda:N`` to multiply features
+            there. They stay there where they fit, as they are stored, else they are copied in each pass, block by block.
         jobs: fits at once during a search.
         seed: of draws and of the estimators.
         weights: the backbone's weights file, where it has one of your own; it is copied into the bundle. Where it is not
@@ -185,6 +188,7 @@ def train(
         threshold_margin=threshold_margin,
         min_class_size=min_class_size,
         memory=memory,
+        device=device,
         jobs=jobs,
         seed=seed,
         params=params,
@@ -225,8 +229,9 @@ def train(
         if options.select is not None:
             rows, where = len(task.division.final), cluster_name(cluster)
             task, selection = chosen_values(
-                task, recipe, options.select, lambda width: route(recipe, rows, width, memory, where, _unsaid), say
-            )
+                task, recipe, options.select,
+                lambda width: route(recipe, rows, width, memory, where, _unsaid, device=device), say,
+            )  # fmt: skip
         found = search(task, recipe, jobs=jobs, say=say) if options.tune else None
         chosen = recipe.with_params(found.params) if found else recipe
         calibrated: Any = None

@@ -25,7 +25,7 @@ from featurepipe.execution.local import LocalExecutor, ProcessExecutor
 from featurepipe.heads.families import ROUGH, SHARED_PASSES, SMALL_VALUES
 from featurepipe.heads.statistics.regression import quadratic_kappa
 from featurepipe.progress import Paced, Progress, beating, duration, spoken, took
-from featurepipe.training.fit import constant_columns, refusals, threads_for
+from featurepipe.training.fit import constant_columns, features_on, refusals, threads_for
 from featurepipe.training.splits import Fold
 from featurepipe.training.task import weighted
 from featurepipe.training.trials import TrialRows, try_all
@@ -258,7 +258,8 @@ def _in_shared_passes(task: Task, recipe: Recipe, folds: Sequence[Fold], values:
     *before, (name, last) = steps_of(recipe.make(out_of_core=True, memory=task.cost.budget_bytes))
     last.set_params(**ROUGH)
     # Scaling and PCA see no label, and of several folds all that train in one of them: then the passes can be shared.
-    ready = Pipeline(before).fit_transform(features) if before else features
+    there = features_on(features, task.cost.device)
+    ready = Pipeline(before).fit_transform(there) if before else there
     trains, weights = [train for train, _ in folds], task.weights(rows)
     fitted = fit_path(last, ready, features.labels, Cs=values, folds=trains, sample_weight=weights)
     accuracies = []
@@ -282,6 +283,7 @@ def _c_for_each_label(
     blocks = task.cost.solver == "blocks"
     features = task.rows(rows) if blocks else task.features.take(rows).read(np.float32)
     *before, (_, last) = steps_of(recipe.make(out_of_core=blocks, memory=task.cost.budget_bytes))
+    features = features_on(features, task.cost.device)
     ready = Pipeline(before).fit_transform(features) if before else features  # which see no label
     found = tune_labels(last, ready, task.answers(rows), Cs=values, folds=folds, sample_weight=task.weights(rows))
     means = [float(np.nanmean(row)) if not np.isnan(row).all() else 0.0 for row in found.average_precision]

@@ -67,7 +67,7 @@ CASES = {
         "--set alpha=0.5 --set solver=svd --set fit_intercept=False --set tol=None --tune --protocol voc07 "
         "--pca 0.9 --select 5% --class-weight balanced "
         "--no-calibration --threshold precision=0.9 --positive sick --threshold-margin "
-        "--min-class-size 5 --memory 2GB --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
+        "--min-class-size 5 --memory 2GB --device cuda:1 --jobs 3 --weights w.pt --trust-code --seed 7 --dry-run --quiet",
         {
             "store": "kept", "dataset": "d", "nodes": ["a", "b"], "backbone": "vgg16", "head": "ridge", "out": "bundle",
             "ordered": ("low", "high"),
@@ -76,7 +76,7 @@ CASES = {
             "params": {"alpha": 0.5, "solver": "svd", "fit_intercept": False, "tol": None}, "tune": True,
             "protocol": "voc07", "pca": 0.9, "select": 0.05,
             "class_weight": "balanced", "calibration": False, "threshold": "precision=0.9", "positive": "sick",
-            "threshold_margin": True, "min_class_size": 5, "memory": "2GB", "jobs": 3,
+            "threshold_margin": True, "min_class_size": 5, "memory": "2GB", "device": "cuda:1", "jobs": 3,
             "weights": "w.pt", "trust_code": True, "seed": 7, "dry_run": True, "silent": True,
         },
     ),
@@ -90,7 +90,7 @@ CASES = {
             "target": "age", "multilabel": None, "weight": None, "split": None,
             "params": None, "tune": False, "protocol": None,
             "pca": None, "select": None, "class_weight": None, "calibration": True, "threshold": None,
-            "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
+            "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "device": "cpu", "jobs": 1,
             "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,
         },
     ),
@@ -104,7 +104,7 @@ CASES = {
             "weight": None, "split": None,
             "params": None, "tune": False, "protocol": None,
             "pca": None, "select": None, "class_weight": None, "calibration": True, "threshold": None,
-            "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "jobs": 1,
+            "positive": None, "threshold_margin": False, "min_class_size": 2, "memory": None, "device": "cpu", "jobs": 1,
             "weights": None, "trust_code": False, "seed": 0, "dry_run": False, "silent": True,
         },
     ),

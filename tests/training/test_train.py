@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import make_pipeline
@@ -16,10 +17,12 @@ from featurepipe.errors import BundleError, UsageError
 from featurepipe.evaluation.evaluate import evaluate
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.heads.calibration import expected_calibration_error
+from featurepipe.heads.devices import Device
 from featurepipe.heads.families import HEADS
 from featurepipe.heads.preprocessing import BlockScaler
 from featurepipe.progress import spoken
-from featurepipe.training import cost, tuning
+from featurepipe.training import cost, settle, tuning
+from featurepipe.training import fit as fitting
 from featurepipe.training.text import calibration_lines, cost_text, train_text
 from featurepipe.training.train import train
 
@@ -574,3 +577,37 @@ def test_a_long_search_says_how_far_it_is_and_how_long_it_takes_yet():
     found = try_all(LocalExecutor(), data, heads, _Said(6, said.append, clock=lambda: now[0]))
     assert found == [(value, *rows) for value in (0.1, 0.2, 0.3) for rows in ((4, 2), (3, 3))]
     assert said == ["tuning: 3 of 6 fits, 0:18 left", "tuning: 6 of 6 fits, 0:00 left"]
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "linear-svm", "tune": True}, {"head": "logistic", "pca": 2}])
+def test_a_head_fitted_on_a_device_is_the_one_of_the_cpu(split_zoo, run, tmp_path, monkeypatch, options):
+    """PyTorch's tensors on the CPU stand for a GPU's."""
+    asked = []
+
+    def device_called(name):
+        asked.append(name)
+        return Device(torch.empty(0), 1 << 30)
+
+    monkeypatch.setattr(fitting, "device_called", device_called)
+    monkeypatch.setattr(settle, "device_called", device_called)
+    monkeypatch.setattr(cost, "SMALL_VALUES", 0)  # else scikit-learn fits on the CPU, which stops elsewhere
+    run(split_zoo, out=tmp_path / "here", params={"tol": 1e-9}, **options)
+    assert asked == []
+    record = run(split_zoo, out=tmp_path / "there", device="cuda", params={"tol": 1e-9}, **options)
+    assert set(asked) == {"cuda"}
+    assert (record["cost"]["solver"], record["cost"]["device"]) == ("blocks", "cuda")
+    assert "on cuda, blocks" in record["cost"]["text"]
+    features = split_zoo.features()
+    here, there = (read_bundle(tmp_path / name).scores(features) for name in ("here", "there"))
+    np.testing.assert_allclose(there, here, atol=1e-4 * np.abs(here).max())
+    assert run(split_zoo, out=tmp_path / "there", if_changed=True, params={"tol": 1e-9}, **options)["skipped"]
+
+
+def test_what_cannot_be_fitted_on_a_device_is_refused(split_zoo, run, monkeypatch):
+    with pytest.raises(UsageError, match=r"device 'cuda:7': this PyTorch sees .* CUDA device.*; choices here: cpu"):
+        run(split_zoo, device="cuda:7")
+    with pytest.raises(UsageError, match="a cluster fits elsewhere"):
+        run(split_zoo, device="cuda", cluster="127.0.0.1:1")
+    monkeypatch.setattr(settle, "device_called", lambda name: None)
+    with pytest.raises(UsageError, match=r"knn is fitted on the CPU; leave it out, or .* labels: logistic, linear-svm"):
+        run(split_zoo, device="cuda", head="knn")

@@ -29,7 +29,8 @@ def pairs_of(classes: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
 def pair_curvature(likely: Array, weights: Array) -> Array:
     """How much a row's loss bends between two classes: ``p_k p_l``, weighted; (pairs, m) of (K, m) probabilities."""
     first, second = pairs_of(len(likely))
-    return np.asarray(likely[first] * likely[second] * weights)
+    curvature: Array = likely[first] * likely[second] * weights
+    return curvature
 
 
 def joint_bytes(classes: int, size: int) -> int | None:

@@ -1,7 +1,7 @@
 """Losses of linear classifiers, for several problems at once, and curvature measured on few rows, as preconditioners.
 
 Scores come as (P, K, m): problems, columns a problem, rows of the block. Rows lie innermost, so that sums over the few
-columns run over whole vectors.
+columns run over whole vectors. They may be NumPy's or a device's (``heads.devices``), and so is what comes of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from scipy.linalg import get_lapack_funcs
 
 from featurepipe.heads.blocks import RowThreads, one_blas_thread
+from featurepipe.heads.devices import HOST, Device, namespace_of
 
 Array = npt.NDArray[Any]
 Codes = npt.NDArray[np.integer[Any]]
@@ -72,12 +73,13 @@ class SoftmaxLoss:
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:  # noqa: ARG002
         """See ``Loss``."""
-        rows = np.arange(scores.shape[2])
-        scores -= scores.max(axis=1, keepdims=True)
+        xp = namespace_of(scores)
+        rows = xp.arange(scores.shape[2], device=scores.device)
+        scores -= xp.amax(scores, axis=1, keepdims=True)
         own = scores[:, codes, rows]
-        np.exp(scores, out=scores)
-        total = scores.sum(axis=1)
-        values: Array = np.einsum("pm,pm->p", np.log(total) - own, weights, dtype=np.float64)
+        xp.exp(scores, out=scores)
+        total = xp.sum(scores, axis=1)
+        values = _weighted_sums(xp.log(total) - own, weights)
         scores *= (weights / total)[:, None, :]
         scores[:, codes, rows] -= weights
         return values
@@ -85,7 +87,8 @@ class SoftmaxLoss:
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:  # noqa: ARG002
         """See ``Loss``; p (1 - p)."""
         likely = softmax(scores)
-        return np.asarray(likely * (1 - likely) * weights)
+        curvature: Array = likely * (1 - likely) * weights
+        return curvature
 
     def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:  # noqa: ARG002
         """See ``Loss``."""
@@ -107,25 +110,28 @@ class BinomialLoss:
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
-        against = _sign(codes, targets, scores.dtype)
-        np.negative(against, out=against)
+        xp = namespace_of(scores)
+        against = _signs(codes, targets, scores)
+        xp.negative(against, out=against)
         amiss = scores[:, 0] * against  # minus the margin
-        odds = np.exp(-np.abs(amiss))  # at most 1: nothing overflows
-        losses = np.log1p(odds)
-        losses += np.maximum(amiss, 0)
-        values: Array = np.einsum("pm,pm->p", losses, weights, dtype=np.float64)
+        odds = xp.exp(-xp.abs(amiss))  # at most 1: nothing overflows
+        losses = xp.log1p(odds)
+        losses += xp.clip(amiss, 0, None)
+        values = _weighted_sums(losses, weights)
         odds += 1
-        np.minimum(amiss, 0, out=amiss)
-        np.exp(amiss, out=amiss)
+        xp.clip(amiss, None, 0, out=amiss)
+        xp.exp(amiss, out=amiss)
         amiss /= odds
         amiss *= against
-        np.multiply(amiss, weights, out=scores[:, 0])
+        xp.multiply(amiss, weights, out=scores[:, 0])
         return values
 
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:  # noqa: ARG002
         """See ``Loss``; p (1 - p)."""
-        odds = np.exp(-np.abs(scores))
-        return np.asarray(odds / np.square(1 + odds) * weights)
+        xp = namespace_of(scores)
+        odds = xp.exp(-xp.abs(scores))
+        curvature: Array = odds / xp.square(1 + odds) * weights
+        return curvature
 
     def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:  # noqa: ARG002
         """See ``Loss``."""
@@ -143,22 +149,24 @@ class SquaredHingeLoss:
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
-        sign = _sign(codes, targets, scores.dtype)
-        short = np.maximum(1 - sign * scores[:, 0], 0)
+        xp = namespace_of(scores)
+        sign = _signs(codes, targets, scores)
+        short = xp.clip(1 - sign * scores[:, 0], 0, None)
         weighted = short * weights
-        values: Array = np.einsum("pm,pm->p", short, weighted, dtype=np.float64)
+        values = _weighted_sums(short, weighted)
         weighted *= -2
-        np.multiply(weighted, sign, out=scores[:, 0])
+        xp.multiply(weighted, sign, out=scores[:, 0])
         return values
 
     def curvature(self, scores: Array, codes: Codes, weights: Array, target: int) -> Array:
         """See ``Loss``; 2 for rows inside the margin, else 0 (the generalised second derivative)."""
-        sign = _sign(codes, np.array([target]), scores.dtype)[0]
-        return np.asarray((sign * scores < 1) * (2 * weights))
+        sign = _signs(codes, target, scores)
+        curvature: Array = (sign * scores < 1) * (2 * weights)
+        return curvature
 
     def bend(self, scores: Array, changes: Array, codes: Codes, weights: Array, targets: Codes) -> None:
         """See ``Loss``."""
-        sign = _sign(codes, targets, scores.dtype)
+        sign = _signs(codes, targets, scores)
         changes *= (sign[:, None, :] * scores < 1) * (2 * weights[:, None, :])
 
     def start(self, class_weights: Array) -> Array:  # noqa: ARG002
@@ -166,18 +174,32 @@ class SquaredHingeLoss:
         return np.zeros(1)
 
 
-def _sign(codes: Codes, targets: Codes, dtype: np.dtype[Any]) -> Array:
-    """Returns (P, m): 1 for rows of the problem's class, or that have its label where codes are (L, m); -1 for others."""
-    signs = (codes == targets[:, None] if codes.ndim == 1 else codes[targets] > 0).astype(dtype)
-    signs *= 2
-    signs -= 1
-    return np.asarray(signs)
+def _signs(codes: Codes, targets: Codes | int, like: Array) -> Array:
+    """1 for rows of the problem's class, or that have its label where codes are (L, m); -1 for others; (P, m), or (m,) of one."""
+    xp = namespace_of(like)
+    wanted = targets if isinstance(targets, int | np.integer) else targets[:, None]
+    one = xp.ones((), dtype=like.dtype, device=like.device)
+    signs: Array = xp.where(codes == wanted if codes.ndim == 1 else codes[targets] > 0, one, -one)
+    return signs
+
+
+def _weighted_sums(values: Array, weights: Array) -> Array:
+    """(P,) float64 sums of (P, m) values, weighted by (P, m) or (1, m)."""
+    xp = namespace_of(values)
+    sums: Array
+    if xp is np:
+        sums = np.einsum("pm,pm->p", values, weights, dtype=np.float64)
+    else:
+        sums = xp.sum(values * weights, axis=1, dtype=xp.float64)
+    return sums
 
 
 def softmax(scores: Array) -> Array:
     """Probabilities over the columns, the last axis but one."""
-    likely = np.exp(scores - scores.max(axis=-2, keepdims=True))
-    return np.asarray(likely / likely.sum(axis=-2, keepdims=True))
+    xp = namespace_of(scores)
+    likely = xp.exp(scores - xp.amax(scores, axis=-2, keepdims=True))
+    probabilities: Array = likely / xp.sum(likely, axis=-2, keepdims=True)
+    return probabilities
 
 
 _TOGETHER = 4  # vectors from which products of matrices take less time than reading these again for each
@@ -235,18 +257,27 @@ class Measured:
         """Whether matrices are measured, and not on all rows."""
         return self._diagonals is not None
 
-    def squares(self, block: Array) -> Array:
-        """Squared distances (m, D) of the rows of a block (m, D) from the mean."""
-        away = block - self._mean
-        return np.asarray(np.square(away, out=away))
+    def squares(self, block: Array, device: Device = HOST) -> Array:
+        """Squared distances (m, D) of the rows of a block (m, D) from the mean, where the block is."""
+        away: Array = block - device.put(self._mean)
+        device.namespace.square(away, out=away)
+        return away
 
-    def far_out(self, squares: Array) -> Array:
+    def far_out(self, squares: Array, device: Device = HOST) -> Array:
         """How far out rows lie, (m,), by their squares: on average 1, at least a half, so that no row is passed over."""
         if self._reach is None:
-            return np.ones(len(squares), squares.dtype)
-        return np.asarray(_LEAST_REACH + (1 - _LEAST_REACH) * (squares @ self._reach))
+            return np.ones(len(squares), self.sums.dtype)
+        return device.get(_LEAST_REACH + (1 - _LEAST_REACH) * (squares @ device.put(self._reach, squares.dtype)))
 
-    def add(self, number: int, block: Array, curvature: Array, far_out: Array, diagonal: Array | None = None) -> None:
+    def add(
+        self,
+        number: int,
+        block: Array,
+        curvature: Array,
+        far_out: Array,
+        diagonal: Array | None = None,
+        device: Device = HOST,
+    ) -> None:
         """Adds the rows of a block (m, D) to one of the sums; other threads may add to others.
 
         Args:
@@ -255,6 +286,7 @@ class Measured:
             curvature: (m,) their weights h.
             far_out: (m,) what ``far_out`` says of them.
             diagonal: (D,) of the sum over all of these rows, if it ``samples``.
+            device: Where the block is; all else is NumPy's.
         """
         if self._diagonals is not None and diagonal is not None:
             self._diagonals[number, : len(diagonal)] += diagonal
@@ -263,7 +295,7 @@ class Measured:
         rows, weights, self._passed[number] = _choose(curvature * far_out, self._share, self._passed[number])
         weights = weights / far_out[rows]
         chosen = np.empty((len(rows), self.sums.shape[-1]), self.sums.dtype)
-        chosen[:, : block.shape[1]] = block[rows] - self._mean
+        chosen[:, : block.shape[1]] = device.take(block, rows) - self._mean
         if self._intercept:
             chosen[:, -1] = 1
         chosen *= np.sqrt(weights)[:, None].astype(chosen.dtype)
@@ -319,13 +351,13 @@ class RotatedDiagonals:
         sums = [curvature.sum(axis=1, dtype=np.float64), first.sum(axis=1, dtype=np.float64)]
         return np.stack([*sums, np.einsum("km,km->k", first, scores, dtype=np.float64)], axis=1)
 
-    def add(self, block: Array, curvature: Array, moments: Array) -> None:
-        """Adds the rows of a block (m, D), weighted by ``curvature`` (K, m), and their moments."""
+    def add(self, block: Array, curvature: Array, moments: Array, device: Device = HOST) -> None:
+        """Adds the rows of a block (m, D) on a device, weighted by ``curvature`` (K, m), and their moments."""
         self.sums[:, -_MOMENTS:] += moments
         totals = moments[:, 0]
         relative = (1 / np.where(totals > 0, totals, np.inf)).astype(curvature.dtype) @ curvature
         rows, weights, self._passed = _choose(relative, self._share, self._passed)
-        self._waiting.append((block[rows] - self._mean, curvature[:, rows] * (weights / relative[rows])))
+        self._waiting.append((device.take(block, rows) - self._mean, curvature[:, rows] * (weights / relative[rows])))
         if sum(len(rows) for rows, _ in self._waiting) >= _ROTATED_AT_ONCE:
             self._rotate()
 

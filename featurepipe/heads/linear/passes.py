@@ -13,7 +13,17 @@ import numpy.typing as npt
 import scipy.linalg
 
 from featurepipe.display import bytes_of
-from featurepipe.heads.blocks import Blocks, MappedBlocks, iterate, one_blas_thread, rows_per_block, working_dtype
+from featurepipe.heads.blocks import (
+    BLOCK_BYTES,
+    Blocks,
+    MappedBlocks,
+    iterate,
+    one_blas_thread,
+    rows_per_block,
+    working_dtype,
+)
+from featurepipe.heads.devices import BLOCK_BYTES as DEVICE_BLOCK_BYTES
+from featurepipe.heads.devices import HOST, Device, device_of, on_device
 from featurepipe.heads.inputs import FiniteBlocks
 from featurepipe.heads.linear.joint import DTYPE as JOINT_DTYPE
 from featurepipe.heads.linear.joint import JointPreconditioner, joint_bytes, pairs_of, passes_worth
@@ -73,6 +83,7 @@ class Prepared:
         mean: (D,) about which the problems are posed, in that dtype; zeros without an intercept.
         centred: Whether the features have it subtracted, or the pass must.
         variance: (D,) float64, of the columns about that mean; None where nobody has looked.
+        device: Where they are multiplied.
     """
 
     shards: RowShards
@@ -80,6 +91,7 @@ class Prepared:
     mean: Array
     centred: bool
     variance: Array | None = None
+    device: Device = HOST
 
 
 def prepare(source: Blocks, *, intercept: bool, memory: int | str | None) -> Prepared:
@@ -90,13 +102,15 @@ def prepare(source: Blocks, *, intercept: bool, memory: int | str | None) -> Pre
     """
     small = 8 * source.shape[0] * source.shape[1] <= _SMALL_BYTES
     dtype = np.dtype(np.float64) if small else working_dtype(source.dtype)
-    moments = moments_of(source, memory=memory)
-    source = source.source if isinstance(source, FiniteBlocks) else source  # looked at once is enough
+    once = source.source if isinstance(source, FiniteBlocks) else source  # looked at once is enough
+    there = on_device(once)
+    moments = moments_of(source if there is None else there, memory=memory)
+    source = once if there is None else there
     mean = (moments.mean if intercept else np.zeros_like(moments.mean)).astype(dtype)
     centred = intercept and dtype == np.float32 and bool((mean**2 > _CENTRE_FROM**2 * moments.variance).any())
     blocks: Blocks = MappedBlocks(source, partial(_less, mean=mean), len(mean), dtype) if centred else source
     variance = moments.variance + (moments.mean - mean) ** 2
-    return Prepared(row_shards_of(blocks).kept(dtype, memory), dtype, mean, centred, variance)
+    return Prepared(row_shards_of(blocks).kept(dtype, memory), dtype, mean, centred, variance, device_of(blocks))
 
 
 def curvature_bytes(memory: int | None) -> int:
@@ -335,7 +349,9 @@ class Passes:
     def _block_rows(self, columns: int) -> int:
         """Rows of a block: its scores take memory too."""
         limit = None if self.memory is None else self.memory // 4
-        return rows_per_block(len(self.prepared.mean) + 4 * columns, self.prepared.dtype, limit)
+        values = len(self.prepared.mean) + 4 * columns
+        most = BLOCK_BYTES if self.prepared.device.is_host else DEVICE_BLOCK_BYTES
+        return rows_per_block(values, self.prepared.dtype, limit, most=most)
 
 
 def principal_basis(prepared: Prepared, memory: int | str | None = None) -> Array:
