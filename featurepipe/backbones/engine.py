@@ -26,6 +26,7 @@ from featurepipe.errors import UsageError, unknown
 from featurepipe.threads import pool_of
 
 if TYPE_CHECKING:
+    from featurepipe.backbones.graphs import MeasuredForward
     from featurepipe.backbones.openvino import OpenVinoNetwork
 
 NUMERICS = 1
@@ -68,10 +69,10 @@ class Engine:
         device: a torch device such as ``cpu`` or ``cuda:0``.
         batch_size: the most images in one forward, which oneDNN packs its weights for.
         engine: ``pytorch``, or ``openvino`` to run fp32 on a CPU by OpenVINO where that gives the same features.
+        graphs: whether a CUDA graph may run full batches, if it gives the same features and is faster on the first of them.
 
     Attributes:
         streams: how many batches can be computed at once; keep one more than that submitted.
-        runtime: what runs the network: ``engine``, its ``version``, and ``reason`` where OpenVINO was wanted and does not.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Engine:
         device: str = "cpu",
         batch_size: int = 16,
         engine: str = PYTORCH,
+        graphs: bool = True,
     ) -> None:
         self.backbone = backbone
         self.columns = tuple(columns)
@@ -93,7 +95,7 @@ class Engine:
         nodes = list(dict.fromkeys(column.node for column in self.columns))
         cores = torch.get_num_threads()
         streams = 1 if self.device.type != "cpu" else min(cores, MOST_STREAMS)
-        self._converted, self.runtime = self._convert(nodes, streams) if engine == OPENVINO else (None, _pytorch())
+        self._converted, self._runtime = self._convert(nodes, streams) if engine == OPENVINO else (None, _pytorch())
         self._network = None if self._converted else self._prepare(nodes, batch_size)
         # Of a converted network known without the trace, which a kept one does without.
         self._axes = self._converted.axes if self._converted else {n: backbone.channel_axis(n) for n in nodes}
@@ -103,6 +105,20 @@ class Engine:
         self._pool = pool_of(streams, "featurepipe-forward", each=cores // streams) if on_cpu else None
         self._upload: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.streams = streams
+        self._measured: MeasuredForward | None = None
+        if self.device.type == "cuda" and graphs and not isinstance(self._network, HookedNetwork):
+            from featurepipe.backbones.graphs import MeasuredForward
+
+            self._measured = MeasuredForward(self._eager, batch_size, self._agree)
+
+    @property
+    def runtime(self) -> dict[str, str]:
+        """What runs the network: ``engine``, its ``version``, and ``reason`` where OpenVINO was wanted and does not.
+
+        On CUDA, once a full batch has come, ``forward``: whether batches run as they are or as a CUDA graph, and why.
+        """
+        choice = self._measured.choice if self._measured else None
+        return self._runtime if choice is None else {**self._runtime, "forward": choice}
 
     def submit(self, batch: torch.Tensor) -> Pending:
         """Starts the forward of a uint8 batch (N, C, H, W) that lies in main memory, and returns at once.
@@ -181,10 +197,19 @@ class Engine:
         if self._converted is not None:
             with self._converted.activations(batch) as activations:
                 return {name: values.clone() for name, values in self._pooled(activations).items()}
+        return self._measured(batch) if self._measured else self._eager(batch)
+
+    @torch.inference_mode()
+    def _eager(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         if self._network is None:
             raise RuntimeError("the engine has no network")
         images = self.backbone.preprocessing.normalise(batch, self.dtype).contiguous(memory_format=torch.channels_last)
         return self._pooled(self._network(images))
+
+    def _agree(self, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> bool:
+        """Whether features differ by no more than batches of two sizes may."""
+        pairs = ((expected[name].cpu().numpy(), found[name].cpu().numpy()) for name in expected)
+        return all(1 - worst_cosine(one, other) <= BATCH_TOLERANCE[self.precision] for one, other in pairs)
 
     def _pooled(self, activations: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
@@ -460,7 +485,9 @@ def node_times(
     computed = waited = 0.0
     for group in _groups(list(columns), backbone):
         engines = {
-            name: Engine(backbone, [columns[name]], precision=precision, device=device, batch_size=batch)
+            name: Engine(
+                backbone, [columns[name]], precision=precision, device=device, batch_size=batch, graphs=False
+            )  # a graph each would take memory, and time to choose
             for name in group
         }
         before = _computed_and_waited()
