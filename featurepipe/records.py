@@ -14,7 +14,7 @@ from typing import Any
 
 from featurepipe.errors import Message, Option
 
-PACKAGES = ("featurepipe", "torch", "torchvision", "numpy", "h5py", "pyarrow", "pillow", "timm")
+PACKAGES = ("featurepipe", "torch", "torchvision", "numpy", "h5py", "pyarrow", "pillow", "timm", "torchcodec")
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -1,12 +1,16 @@
-"""JPEGs decoded on the CUDA device, a slice at a time; everything that nvJPEG lacks takes the ordinary route."""
+"""JPEGs decoded on the CUDA device, a slice at a time; everything that nvJPEG lacks takes the ordinary route.
+
+TorchCodec calls nvJPEG, as torchvision did, which is going to drop it (docs/decisions/gpu.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from featurepipe.errors import Reject
 from featurepipe.images.damage import QUIET, JpegHeader, is_jpeg, looks_damaged
@@ -24,7 +28,7 @@ def decode_batch(
     keep_damaged: bool = False,
     claim: Claim | None = None,
 ) -> Iterator[torch.Tensor | Kept | Reject]:
-    """Decodes several images, upright colour JPEGs together on the CUDA device through torchvision's nvJPEG decoder.
+    """Decodes several images, upright colour JPEGs together on the CUDA device by nvJPEG.
 
     Grey and CMYK JPEGs, those that EXIF turns or that look damaged, other formats, and any slice in which nvJPEG finds a
     damaged file, are decoded on the CPU and copied, so that a reject has the same reason on both routes. nvJPEG repairs
@@ -47,14 +51,10 @@ def decode_batch(
     if suited:
         if claim is not None:
             claim(sum(jpeg_bytes(header) for header in headers if header is not None))
-        data = [
-            torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            for payload in map(payloads.__getitem__, suited)
-            if isinstance(payload, bytes)
-        ]
+        data = [payload for payload in map(payloads.__getitem__, suited) if isinstance(payload, bytes)]
         try:
             with QUIET:
-                images = decode_jpeg(data, ImageReadMode.RGB, device=device)
+                images = decode_jpegs(data, device)
         except Exception:  # noqa: BLE001  # one damaged file fails the whole call; the CPU route finds out which
             images = []
         for i, image in zip(suited, images, strict=False):
@@ -62,6 +62,37 @@ def decode_batch(
     on_cpu = partial(try_decode, colour=colour, intensity=intensity, keep_damaged=keep_damaged, claim=claim)
     for payload, found in zip(payloads, decoded, strict=True):
         yield _moved(on_cpu(payload), device) if found is None else found
+
+
+def decode_jpegs(payloads: Sequence[bytes], device: str) -> Sequence[torch.Tensor]:
+    """Colour JPEGs decoded on a CUDA device in one call of nvJPEG, by TorchCodec, or by torchvision where that is not there.
+
+    Returns:
+        For each a uint8 tensor (3, H, W) there.
+
+    Raises:
+        RuntimeError: One is damaged, or memory is too little; none is returned.
+    """
+    images: Sequence[torch.Tensor]
+    decode = _torchcodec()
+    if decode is not None:
+        images = decode(list(payloads), mode="RGB", device=device)
+        return images
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    data = [torch.frombuffer(bytearray(payload), dtype=torch.uint8) for payload in payloads]
+    images = decode_jpeg(data, ImageReadMode.RGB, device=device)
+    return images
+
+
+@cache
+def _torchcodec() -> Callable[..., Any] | None:
+    """TorchCodec's decoder of JPEGs, which it has from 0.16 on; None without it, or where a library that it needs is missing."""
+    try:
+        decode: Callable[..., Any] | None = getattr(importlib.import_module("torchcodec.decoders"), "decode_jpeg", None)
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return decode
 
 
 def _header(payload: Whole) -> JpegHeader | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -31,15 +33,27 @@ def played(monkeypatch):
     """nvJPEG's part is played by the CPU decoder; returns how many images each call got."""
     calls = []
 
-    def play(data, mode, device):
-        calls.append(len(data))
+    def play(payloads, device):
+        calls.append(len(payloads))
         if device != "cpu":
             raise AssertionError(device)
-        return [real(one, mode) for one in data]
+        return [decode(payload) for payload in payloads]
 
-    real = decode_gpu.decode_jpeg
-    monkeypatch.setattr(decode_gpu, "decode_jpeg", play)
+    monkeypatch.setattr(decode_gpu, "decode_jpegs", play)
     return calls
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Puts a stand-in for a library's module in place."""
+
+    def put(name, **functions):
+        monkeypatch.setitem(sys.modules, name.partition(".")[0], types.ModuleType(name.partition(".")[0]))
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**functions))
+
+    decode_gpu._torchcodec.cache_clear()
+    yield put
+    decode_gpu._torchcodec.cache_clear()
 
 
 def payloads(photo):
@@ -93,6 +107,45 @@ def test_grey_networks_decode_on_the_cpu(photo, played):
         next(decode_gpu.decode_batch([payload], colour="grey", device="cpu")), decode(payload, colour="grey")
     )
     assert played == []
+
+
+def test_torchcodec_decodes_all_that_suit_in_one_call(photo, library):
+    calls = []
+
+    def decode_jpeg(source, *, mode, device):
+        calls.append((len(source), mode, device))
+        return [decode(payload) for payload in source]
+
+    library("torchcodec.decoders", decode_jpeg=decode_jpeg)
+    images = payloads(photo)
+    found = list(decode_gpu.decode_batch(list(images.values()), colour="rgb", device="cpu"))
+    assert calls == [(2, "RGB", "cpu")]
+    for payload, image in zip(images.values(), found, strict=True):
+        assert torch.equal(image, decode(payload))
+
+
+@pytest.mark.parametrize("functions", [{}, {"VideoDecoder": object}])
+def test_without_torchcodec_or_with_one_that_decodes_no_images_torchvision_does(photo, library, functions):
+    calls = []
+
+    def decode_jpeg(data, mode, *, device):
+        calls.append((len(data), str(mode), device))
+        return [decode(bytes(one.numpy())) for one in data]
+
+    library("torchcodec.decoders", **functions)
+    if not functions:
+        sys.modules["torchcodec.decoders"] = None  # as if it were not installed; the fixture puts back what was
+    library("torchvision.io", decode_jpeg=decode_jpeg, ImageReadMode=types.SimpleNamespace(RGB="RGB"))
+    assert torch.equal(next(decode_gpu.decode_batch([jpeg(photo)], colour="rgb", device="cpu")), decode(jpeg(photo)))
+    assert calls == [(1, "RGB", "cpu")]
+
+
+def test_what_fails_on_the_device_is_decoded_on_the_cpu(photo, library):
+    def decode_jpeg(source, **_):
+        raise RuntimeError("nvJPEG: CUDA out of memory")
+
+    library("torchcodec.decoders", decode_jpeg=decode_jpeg)
+    assert torch.equal(next(decode_gpu.decode_batch([jpeg(photo)], colour="rgb", device="cpu")), decode(jpeg(photo)))
 
 
 @pytest.mark.gpu
