@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo docs test test-slow test-all lint lint-style lint-types lint-imports lint-structure minimum bench clean
+.PHONY: demo docs test test-slow test-all lint lint-style lint-types lint-imports lint-structure minimum bench gpu clean
 .DEFAULT_GOAL := test
 
 # editable_mode=compat puts the checkout on the path of $(VENV). Setuptools' default is an import hook, which Python asks
@@ -76,6 +76,11 @@ minimum:
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+# On a machine with a CUDA device, in the Python that has PyTorch for it: nothing is installed. The tests marked gpu and the benchmark, one
+# file benchmarks/results/bench_gpu.json, at most 8 minutes.
+gpu:
+	$(PYTHON) -m benchmarks.bench_gpu --tests --record
 
 # Without a network: the pages where they lie, the interface from docstrings, the options from the parser. Warnings are errors.
 docs: $(VENV)/.installed-dev

