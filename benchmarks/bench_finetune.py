@@ -16,7 +16,7 @@ quarter of the work: ``--backbone benchmarks.networks:efficientnet_lite0_112 --t
    looked at once, at its end.
 
 Everything that is done is kept in ``--work``, also the checkpoints of a tuning that was stopped: the same command goes on.
-Seconds and processor seconds add up over calls.
+Seconds and processor seconds add up over calls. What was made with other options stays: give each recipe a ``--work`` of its own.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
         "backbone": args.backbone,
         "from": args.cut,
         "augment": args.augment,
+        "mixup": args.mixup,
+        "label_smoothing": args.label_smoothing,
         "cost": cost,
         "choice": choice,
         "rate": best,
@@ -163,6 +165,8 @@ def tuned(store: FeatureStore, args: argparse.Namespace, name: str, asked: dict[
             dataset=args.dataset,
             from_node=args.cut,
             augment=args.augment,
+            mixup=args.mixup,
+            label_smoothing=args.label_smoothing,
             trust_code=args.trust_code,
             out=work / name,
             **asked,
@@ -218,6 +222,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--augment", choices=["none", "flip"], default="none", help="flip: the store has mirrored activations, too"
     )
+    parser.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA")
+    parser.add_argument("--label-smoothing", type=float, default=0.0, metavar="SHARE")
     parser.add_argument(
         "--rate", type=float, action="append", help="one, or several to choose from (default: 3e-4 and 1e-3)"
     )

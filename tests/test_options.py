@@ -128,7 +128,7 @@ WRONG = {"extract": {
     "head": "logistik", "nodes": (), "pca": 0, "class_weight": "even", "min_class_size": 0, "memory": "much", "jobs": 0,
     "device": "tpu", "seed": -1, "threshold": "recall=2", "params": 5,
 }, "finetune": {"from_node": "", "epochs": 0, "rate": 0, "lowest_rate": 2, "warmup": 0, "patience": 0, "seeds": 0,
-    "head_start": "exat"},
+    "head_start": "exat", "label_smoothing": 1, "mixup": -1},
 "depth": {"heads": (), "folds": 1, "seeds": 0, "max_width": 0, "jobs": 0},
 "routes": {"routes": (), "sizes": (), "seeds": 0, "cuts": (), "epochs": 0, "budget": -1},
 "drift": {"warn": 1, "fail": 0, "seed": -1, "columns": ()}}  # fmt: skip

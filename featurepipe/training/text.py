@@ -299,16 +299,17 @@ def _start_lines(tuning: Mapping[str, Any]) -> list[str]:
 def _tuned(tuning: Mapping[str, Any]) -> str:
     blocks = tuning["blocks"]
     together = f", {tuning['processes']} processes together" if "processes" in tuning else ""
+    softened = f"; {tuning['softened']}" if "softened" in tuning else ""
     if "augmentation" in tuning:
         return (
             f"all of {tuning['backbone']['name']}, {'from scratch' if tuning['scratch'] else 'from pretrained weights'}: "
             f"{tuning['parameters']:,} weights in {len(blocks)} blocks, from images ({tuning['augmentation']['text']}; BatchNorm "
             f"{tuning['batch_norm']}, {tuning['mixed_precision']} on {tuning['device']}"
-            f"{together})"
+            f"{together}{softened})"
         )
     return (
         f"{tuning['backbone']['name']} above {tuning['from']}: {tuning['parameters']:,} weights in {len(blocks)} blocks, from "
-        f"activations of {size(tuning['activations'])}{', of mirrored images, too' if 'mirrored' in tuning else ''}"
+        f"activations of {size(tuning['activations'])}{', of mirrored images, too' if 'mirrored' in tuning else ''}{softened}"
     )
 
 

@@ -442,14 +442,8 @@ def _tuned(
     import torch
 
     from featurepipe.backbones.tail import Model
-    from featurepipe.tuning.loop import (
-        LossNotFinite,
-        TuningCheckpoint,
-        TuningObjective,
-        TuningRun,
-        score_rows,
-        tune,
-    )
+    from featurepipe.tuning.loop import LossNotFinite, TuningCheckpoint, TuningRun, score_rows, tune
+    from featurepipe.tuning.objective import TuningObjective
     from featurepipe.tuning.runs import MIXES, adopt_best_mix, exact_head, random_head
 
     study, is_scratch = context.every, trial.route.kind == SCRATCH

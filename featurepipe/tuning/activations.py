@@ -286,7 +286,7 @@ class ExtractionOutlook:
 
     def as_dict(self, options: TuneOptions) -> dict[str, Any]:
         """JSON values, with the time of an epoch from a few steps on noise."""
-        batch_size = options.schedule(self.estimate["listed"]).batch_size
+        schedule = options.schedule(self.estimate["listed"])
         sides = 1 if self.mirrored is None else 2
         tuned = [
             {
@@ -296,7 +296,8 @@ class ExtractionOutlook:
                 * math.prod(tail.input_shape)
                 * _itemsize(self.estimate)
                 // self.image_bytes,
-                "seconds_per_1000_images": 1000 / batch_size * step_seconds(tail, batch_size),
+                **schedule.about(),
+                "seconds_per_1000_images": 1000 / schedule.batch_size * step_seconds(tail, schedule.batch_size),
             }
             for tail in self.tails
         ]

@@ -18,7 +18,8 @@ from featurepipe.backbones.preprocessing import Preprocessing
 from featurepipe.features.loader import Loaded, Loader, StageSeconds
 from featurepipe.features.session import Decoding, decoder_for
 from featurepipe.images import Source
-from featurepipe.tuning.loop import Draw, Rows
+from featurepipe.tuning.loop import Draw
+from featurepipe.tuning.objective import Rows
 
 SCALE = (0.35, 1.0)
 """Share of an image's area that a random crop shows."""

@@ -39,7 +39,7 @@ from featurepipe.tuning.activations import (
 )
 from featurepipe.tuning.activations import store_features as keep_features
 from featurepipe.tuning.from_images import finetune_images
-from featurepipe.tuning.loop import Rows
+from featurepipe.tuning.objective import Rows
 from featurepipe.tuning.options import OF_IMAGES, TuneOptions, one_or_several
 from featurepipe.tuning.peers import refuse_processes
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, why_tune
@@ -72,6 +72,8 @@ def finetune(
     batch_size: int | None = None,
     patience: int | None = None,
     augment: str | None = None,
+    label_smoothing: float | None = None,
+    mixup: float | None = None,
     batch_norm: str | None = None,
     mixed_precision: str | None = None,
     seeds: int = 1,
@@ -130,6 +132,10 @@ def finetune(
         augment: random changes of training images: ``none`` or ``flip``, and with ``from_node="images"`` also ``crop`` (there the
             default) and ``crop,flip``. Flips are wrong for text and digits. Above a node they need the activations of mirrored
             images (``extract`` with ``mirrored=True``), which are extracted where images are given, and double the space.
+        label_smoothing: share of each answer that is spread over all classes (``CrossEntropyLoss`` of PyTorch); classes alone.
+        mixup: alpha; mix the images of a step with each other in a share of Beta(alpha, alpha), and their answers alike (Zhang et
+            al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018); above a node their activations (manifold mixup at one
+            layer; Verma et al., ICML 2019). Labels and numbers are mixed, too. None or 0 for none.
         batch_norm: with ``from_node="images"``, statistics of BatchNorm: ``frozen``, or ``train`` (by default from scratch).
         mixed_precision: with ``from_node="images"``, ``fp32`` or ``bf16``; by default bf16 on CUDA.
         warmup: share of the steps in which rates rise.
@@ -177,7 +183,7 @@ def finetune(
         trust_code=trust_code, label=label, group=group, target=target, multilabel=columns_of(multilabel), weight=weight,
         split_column=split_column, split=split, epochs=epochs,
         rate=rate, lowest_rate=lowest_rate, weight_decay=weight_decay, warmup=warmup, batch_size=batch_size, patience=patience,
-        augment=augment, batch_norm=batch_norm, mixed_precision=mixed_precision,
+        augment=augment, label_smoothing=label_smoothing, mixup=mixup, batch_norm=batch_norm, mixed_precision=mixed_precision,
         seeds=seeds, interpolate=interpolate, head_start=head_start, min_class_size=min_class_size, memory=memory, seed=seed,
         store_features=store_features,
     )  # fmt: skip
@@ -283,7 +289,7 @@ class TailWork(TuningWork):
         return (
             f"tuning {self.backbone.name} above {self.body.node}: {parameters:,} weights in {len(blocks)} blocks ({blocks[0]} to "
             f"{blocks[-1]}) on {len(division.train):,} images, {len(division.validation):,} to choose by; "
-            f"activations of {size(self.activations.bytes)}{flips}, {how}"
+            f"activations of {size(self.activations.bytes)}{flips}, {how}{_listed(self.schedule.text)}"
         )
 
     def about(self) -> dict[str, Any]:
@@ -292,6 +298,7 @@ class TailWork(TuningWork):
             **described(self.backbone, self.body),
             "activations": self.activations.bytes,
             **({"mirrored": self.activations.mirrored.space_fingerprint} if self.activations.mirrored else {}),
+            **self.schedule.about(),
             "measure": self.objective.measure,
             "tested": f"from activations stored in {self.every.dtype}, in {self.settings.precision} as the bundle computes",
         }
@@ -310,6 +317,10 @@ class TailWork(TuningWork):
     def examples_of(self, rows: Rows) -> Activations:  # noqa: ARG002 - it has all, and reads what is wanted
         """The activations by row."""
         return self.activations
+
+
+def _listed(text: str) -> str:
+    return f"; {text}" if text else ""
 
 
 def _prepared(

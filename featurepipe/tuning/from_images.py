@@ -42,7 +42,7 @@ from featurepipe.training.cost import available_memory
 from featurepipe.training.train import unchanged
 from featurepipe.tuning.activations import described, refuse_of_images, refuse_unknown, step_seconds
 from featurepipe.tuning.augmentation import Augmentation, ImageExamples
-from featurepipe.tuning.loop import Rows
+from featurepipe.tuning.objective import Rows
 from featurepipe.tuning.options import IMAGES, TuneOptions
 from featurepipe.tuning.peers import ALONE, Peers, fabric_on, processes
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, why_tune
@@ -105,7 +105,8 @@ class ImagesWork(TuningWork):
         return (
             f"tuning all of {self.backbone.name} {how}: {parameters:,} weights in {counted(len(blocks), 'block')} on "
             f"{len(division.train):,} images, {len(division.validation):,} to choose by; {self.examples.augmentation.text}, "
-            f"BatchNorm {_trunk(self).batch_norm}, {self.precision} on {self.machine.device}{_together()}{lasts}"
+            f"{f'{schedule.text}, ' if schedule.text else ''}BatchNorm {_trunk(self).batch_norm}, {self.precision} on "
+            f"{self.machine.device}{_together()}{lasts}"
         )
 
     def about(self) -> dict[str, Any]:
@@ -118,6 +119,7 @@ class ImagesWork(TuningWork):
             "mixed_precision": self.precision,
             "device": self.machine.device,
             **({"processes": processes()[1]} if processes()[1] > 1 else {}),
+            **self.schedule.about(),
             "library": f"lightning-fabric {version('lightning-fabric')}",
             "unreadable": len(self.examples.lost),
             "measure": self.objective.measure,
@@ -370,6 +372,7 @@ def _outlook(estimate: Mapping[str, Any], options: TuneOptions, extraction: Mapp
             "batch_norm": body.batch_norm,
             "mixed_precision": precision_of(options, machine),
             "device": machine.device,
+            **schedule.about(),
             "seconds_per_1000_images": 1000 / schedule.batch_size * step,
         },
     }

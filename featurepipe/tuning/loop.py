@@ -16,126 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from featurepipe.backbones.tail import Model, State
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.progress import Progress
 from featurepipe.store.atomic import atomic_file
-from featurepipe.training.tuning import error_of_a_share, error_of_r2
+from featurepipe.tuning.objective import Rows, TuningObjective, mixed_inputs, mixing_share
 from featurepipe.tuning.options import Schedule
 from featurepipe.tuning.peers import Peers
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-Rows = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-MEASURES = {"multiclass": "accuracy", "multilabel": "mAP", "continuous": "R2"}
-
-
-@dataclass(frozen=True)
-class TuningObjective:
-    """What each of n rows should give, and how far off scores are.
-
-    The loss is the mean over rows, weighted if there are weights: of classes the cross-entropy; of several labels the binary
-    cross-entropy, averaged over the labels that are known; of numbers the squared error in units of their deviation.
-
-    Attributes:
-        target_type: ``"multiclass"``, ``"multilabel"`` or ``"continuous"``.
-        answers: (n,) class numbers or numbers, or (n, K) labels: 1 present, 0 absent, NaN unknown.
-        weights: (n,) how much each row counts in the loss, from 0; None if all count alike.
-        centre: What numbers are measured from.
-        scale: The unit that numbers are measured in.
-    """
-
-    target_type: str
-    answers: npt.NDArray[Any]
-    weights: Floats | None = None
-    centre: float = 0.0
-    scale: float = 1.0
-
-    @classmethod
-    def of(cls, target_type: str, answers: npt.NDArray[Any], weights: Floats | None, train: Rows) -> TuningObjective:
-        """The objective of rows, with the unit of numbers from those that train."""
-        if target_type != "continuous":
-            return cls(target_type, answers, weights)
-        known = answers[train]
-        return cls(target_type, answers, weights, float(known.mean()), float(known.std()) or 1.0)
-
-    @property
-    def measure(self) -> str:
-        """The name of the score."""
-        return MEASURES[self.target_type]
-
-    def error(self, score: float, rows: int) -> float:
-        """The standard error of the score of so many rows."""
-        return (error_of_r2 if self.target_type == "continuous" else error_of_a_share)(score, rows)
-
-    def to_scores(self, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
-        """A head in the unit of the target, as one whose outputs are the scores of `loss`."""
-        return weight / self.scale, (bias - self.centre) / self.scale
-
-    def to_target(self, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
-        """The inverse of `to_scores`."""
-        return weight * self.scale, bias * self.scale + self.centre
-
-    def loss(self, scores: Tensor, rows: Rows) -> Tensor:
-        """The mean loss of scores (m, K), (m, 1) for numbers."""
-        each = self._each(scores, rows)
-        if self.weights is None:
-            return each.mean()
-        weights = torch.from_numpy(self.weights[rows]).to(each)
-        return (each * weights).sum() / weights.sum().clamp(min=1e-12)
-
-    def total(self, rows: Rows) -> float:
-        """How much some rows count in the loss."""
-        return float(len(rows)) if self.weights is None else float(self.weights[rows].sum())
-
-    def mean_loss(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
-        """The mean loss of scores without gradients; all rows count alike."""
-        return float(self._each(torch.from_numpy(scores), rows).mean())
-
-    def sharpened_losses(self, scores: npt.NDArray[np.float32], rows: Rows) -> Floats:
-        """The loss of each row, (m,), of that multiple of the scores, from 1/8 to 8, whose mean is least; numbers as is."""
-        from scipy.optimize import minimize_scalar
-
-        if self.target_type == "continuous":
-            return self._losses(scores, rows)
-        found = minimize_scalar(
-            lambda power: self.mean_loss(np.float32(2.0**power) * scores, rows), bounds=(-3, 3), method="bounded"
-        )
-        return self._losses(np.float32(2.0**found.x) * scores, rows)
-
-    def _losses(self, scores: npt.NDArray[np.float32], rows: Rows) -> Floats:
-        return self._each(torch.from_numpy(scores), rows).numpy().astype(np.float64)
-
-    def score(self, scores: npt.NDArray[np.float32], rows: Rows) -> float:
-        """Accuracy, mean average precision over labels with both sides, or R2, of scores (m, K)."""
-        answers = self.answers[rows]
-        if self.target_type == "multiclass":
-            return float((scores.argmax(axis=1) == answers).mean())
-        if self.target_type == "multilabel":
-            precisions = average_precisions(scores.astype(np.float64), answers)
-            both = ((answers == 1).any(axis=0)) & ((answers == 0).any(axis=0))
-            return float(precisions[both].mean()) if both.any() else 0.0
-        guesses = scores[:, 0] * self.scale + self.centre
-        spread = float(((answers - answers.mean()) ** 2).sum())
-        return 1.0 - float(((answers - guesses) ** 2).sum()) / spread if spread else 0.0
-
-    def _each(self, scores: Tensor, rows: Rows) -> Tensor:
-        answers = self.answers[rows]
-        if self.target_type == "multiclass":
-            classes = torch.from_numpy(answers.astype(np.int64)).to(scores.device)
-            return functional.cross_entropy(scores, classes, reduction="none")
-        if self.target_type == "multilabel":
-            known = torch.from_numpy(~np.isnan(answers)).to(scores)
-            truth = torch.from_numpy(np.nan_to_num(answers)).to(scores)
-            each = functional.binary_cross_entropy_with_logits(scores, truth, reduction="none") * known
-            return each.sum(1) / known.sum(1).clamp(min=1)
-        return (scores[:, 0] - torch.from_numpy((answers - self.centre) / self.scale).to(scores)) ** 2
-
 
 SAVE_SECONDS = 30.0
 """How long after a checkpoint the next one is due."""
@@ -396,7 +287,7 @@ class TuningRun:
         for group, share in zip(self.optimiser.param_groups, self._shares, strict=True):
             group["lr"] = self.options.rate * share * factor
         others = (self.peers.rank,) if self.peers.world > 1 else ()
-        with self.model.body.learning((self.seed, self.epoch, self.step, *others)):
+        with self.model.body.learning((*self._draw, *others)):
             loss, value = self._loss_of(inputs, rows)
             if loss is None:  # none of the images could be read
                 self.step += 1
@@ -422,14 +313,26 @@ class TuningRun:
         """
         device = next(self.model.parameters()).device
         if self.peers.world == 1:
-            loss = self.objective.loss(self._forward(inputs.to(device)), rows) if len(rows) else None
+            loss = self._own_loss(inputs.to(device), rows) if len(rows) else None
             return loss, math.nan if loss is None else float(loss.detach())
         if len(rows):
-            loss = self.objective.loss(self._forward(inputs.to(device)), rows)
+            loss = self._own_loss(inputs.to(device), rows)
         else:  # the others wait for gradients of this process, too
             loss = self._forward(inputs.new_zeros(2, *inputs.shape[1:]).to(device)).sum() * 0
         found = self.peers.mean(float(loss.detach()), self.objective.total(rows))
         return (None, math.nan) if found is None else (loss * found[1], found[0])
+
+    @property
+    def _draw(self) -> tuple[int, int, int]:
+        """What chance follows from in this step."""
+        return self.seed, self.epoch, self.step
+
+    def _own_loss(self, inputs: Tensor, rows: Rows) -> Tensor:
+        """The loss of some rows, mixed with each other if that is asked for."""
+        smoothing, share = self.options.label_smoothing, mixing_share(self.options.mixup, self._draw)
+        if share == 1:
+            return self.objective.loss(self._forward(inputs), rows, smoothing=smoothing)
+        return self.objective.mixed_loss(self._forward(mixed_inputs(inputs, share)), rows, share, smoothing=smoothing)
 
     def end_epoch(self) -> str:
         """Scores, decides whether to go on, and says how it is."""

@@ -9,6 +9,7 @@ from numbers import Real
 from os import PathLike
 from typing import Any, ClassVar
 
+from featurepipe.errors import Message, Option, UsageError
 from featurepipe.option_groups import LEARNING, at_least, is_memory, is_number, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
@@ -33,6 +34,10 @@ def _share(given: Any) -> str | None:
 
 def _from_zero(given: Any) -> str | None:
     return None if is_number(given, Real) and math.isfinite(given) and given >= 0 else "must be a number from 0"
+
+
+def _below_one(given: Any) -> str | None:
+    return None if is_number(given, Real) and 0 <= given < 1 else "must be a share from 0, below 1"
 
 
 IMAGES = "images"
@@ -75,6 +80,23 @@ class Schedule:
     warmup: float
     batch_size: int
     patience: int
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """How inputs and answers are softened; empty if they are not.
+
+        Example:
+            >>> TuneOptions(mixup=0.2, label_smoothing=0.1).schedule(1).text
+            'mixup of 0.2, label smoothing of 0.1'
+        """
+        said = {"mixup": self.mixup, "label smoothing": self.label_smoothing}
+        return ", ".join(f"{words} of {value:g}" for words, value in said.items() if value)
+
+    def about(self) -> dict[str, str]:
+        """The same as JSON values, for a record."""
+        return {"softened": self.text} if self.text else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +145,16 @@ class LoopOptions(RoleOptions):
         "else none)",
         metavar="none|crop|flip|crop,flip", choices=AUGMENTATIONS,
     )  # fmt: skip
+    label_smoothing: float | None = option(
+        None, "share of each answer that is spread over all classes, so that none is learned as certain; of classes alone "
+        "(default: 0)",
+        metavar="SHARE", check=_below_one,
+    )  # fmt: skip
+    mixup: float | None = option(
+        None, "mix the images of a step with each other, above a node their activations, and their answers alike, in a share of "
+        "Beta(ALPHA, ALPHA); 0.2 to 1 where losses on training and validation images part (default: 0, none)",
+        metavar="ALPHA", check=_from_zero,
+    )  # fmt: skip
     batch_norm: str | None = option(
         None, "statistics of BatchNorm, with --from images: frozen, or train (default: frozen; from scratch train)",
         choices=("frozen", "train"),
@@ -155,6 +187,18 @@ class LoopOptions(RoleOptions):
     store_features: bool = option(
         False, "at the end, keep the tuned network's features of all images in the store, computed from the activations"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_smoothing and self.target_type != "multiclass":
+            what = {"multilabel": "several labels", "continuous": "a number"}[self.target_type]
+            raise UsageError(
+                Message(
+                    Option("label_smoothing", self.label_smoothing), " spreads the answer over the classes, and ",
+                    Option("multilabel" if self.multilabel else "target"), f" is of {what}: leave it out; ", Option("mixup"),
+                    " softens these answers, too",
+                )
+            )  # fmt: skip
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -210,4 +254,6 @@ class TuneOptions(LoopOptions, LabelsOption, TrustOption, SpaceOption, DatasetOp
             warmup=self.warmup,
             batch_size=size,
             patience=self.patience or (max(10, epochs // 4) if is_scratch else 3),
+            label_smoothing=float(self.label_smoothing or 0),
+            mixup=float(self.mixup or 0),
         )

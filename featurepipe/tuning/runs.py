@@ -31,17 +31,15 @@ from featurepipe.training.options import DEFAULT_HEADS
 from featurepipe.training.tuning import climb
 from featurepipe.tuning.loop import (
     Examples,
-    Floats,
     LossNotFinite,
-    Rows,
     Tuning,
     TuningCheckpoint,
-    TuningObjective,
     TuningRun,
     digest_of,
     score_rows,
     tune,
 )
+from featurepipe.tuning.objective import Floats, Rows, TuningObjective
 from featurepipe.tuning.options import Schedule
 
 if TYPE_CHECKING:

@@ -44,14 +44,8 @@ from featurepipe.training.task import Recipe, Task
 from featurepipe.training.text import mix_text
 from featurepipe.training.train import labels_name, roles_asked
 from featurepipe.tuning.activations import step_seconds
-from featurepipe.tuning.loop import (
-    Examples,
-    Rows,
-    TuningCheckpoint,
-    TuningObjective,
-    digest_of,
-    score_rows,
-)
+from featurepipe.tuning.loop import Examples, TuningCheckpoint, digest_of, score_rows
+from featurepipe.tuning.objective import Rows, TuningObjective
 from featurepipe.tuning.options import RANDOM, Schedule, TuneOptions
 from featurepipe.tuning.peers import Peers
 from featurepipe.tuning.runs import (

@@ -26,7 +26,7 @@ from featurepipe.interrupt import StopRequest
 from featurepipe.training.text import finetune_text
 from featurepipe.tuning import activations, loop, work
 from featurepipe.tuning.finetune import finetune
-from featurepipe.tuning.loop import TuningObjective
+from featurepipe.tuning.objective import TuningObjective, mixed_inputs, mixing_share
 
 CUT = "s2"
 FAST: dict[str, Any] = {"epochs": 3, "rate": 3e-3, "silent": True}
@@ -241,9 +241,10 @@ def test_a_tuned_bundle_is_better_than_the_frozen_one_and_a_bundle_like_any_othe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 9])
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, store, tmp_path, monkeypatch) -> None:
-    whole = finetune(store, from_node=CUT, out=tmp_path / "whole", **FAST)
+@pytest.mark.parametrize(("steps", "softened"), [(1, {}), (9, {}), (9, {"mixup": 0.4, "label_smoothing": 0.1})])
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, softened, store, tmp_path, monkeypatch) -> None:
+    asked: dict[str, Any] = {"from_node": CUT, **FAST, **softened}
+    whole = finetune(store, out=tmp_path / "whole", **asked)
     done: list[int] = []
 
     def learn(run: Any, *args: Any, original: Callable[..., float] = loop.TuningRun.learn) -> float:
@@ -256,12 +257,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, store, tmp_pa
         patched.setattr(loop.TuningRun, "learn", learn)
         patched.setattr(loop, "SAVE_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            finetune(store, from_node=CUT, out=tmp_path / "parts", **FAST)
+            finetune(store, out=tmp_path / "parts", **asked)
     assert (tmp_path / "parts.tuning" / "run-0.pt").is_file()
     assert not (tmp_path / "parts").exists()
     with monkeypatch.context() as patched:  # its search may have taken longer than all that the run did since
         patched.setattr(work, "exact_head", lambda *_, **__: pytest.fail("the head was searched for again"))
-        again = finetune(store, from_node=CUT, out=tmp_path / "parts", **FAST)
+        again = finetune(store, out=tmp_path / "parts", **asked)
     scores = [[entry["score"] for entry in found["tuning"]["runs"][0]["history"]] for found in (whole, again)]
     assert scores[0] == scores[1]
     weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
@@ -421,6 +422,82 @@ def test_losses_are_those_of_torch_and_unknown_labels_do_not_count() -> None:
     weight, bias = numbers.to_target(*numbers.to_scores(np.array([[4.0]]), np.array([7.0])))
     assert (weight.item(), bias.item()) == (4.0, 7.0)
     assert numbers.score(np.array([[-1.0], [0.0], [1.0]], np.float32), np.array([0, 1, 2])) == pytest.approx(1.0)
+
+
+def test_losses_of_mixed_inputs_are_those_of_mixed_answers_and_smoothing_is_torchs() -> None:
+    scores, share, rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), 0.3, np.array([3, 0, 2, 1])
+    classes, one_hot = np.array([2, 0, 0, 1]), torch.eye(3)
+    answers = one_hot[torch.from_numpy(classes[rows])]
+    mixed = share * answers + (1 - share) * answers.roll(1, 0)
+    own = TuningObjective("multiclass", classes).mixed_loss(scores, rows, share, smoothing=0.1)
+    wanted = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    assert own.item() == pytest.approx(wanted(scores, mixed).item())
+    plain = TuningObjective("multiclass", classes).loss(scores, rows, smoothing=0.1)
+    assert plain.item() == pytest.approx(wanted(scores, torch.from_numpy(classes[rows])).item())
+    labels = np.array([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0]], np.float64)
+    own = TuningObjective("multilabel", labels).mixed_loss(scores, rows, share)
+    truth = torch.from_numpy(labels[rows]).float()
+    mixed = share * truth + (1 - share) * truth.roll(1, 0)
+    assert own.item() == pytest.approx(
+        torch.nn.functional.binary_cross_entropy_with_logits(scores, mixed).item(), rel=1e-5
+    )
+    numbers, guesses = np.array([1.0, 3.0, -2.0, 0.5]), scores[:, :1].clone().requires_grad_()
+    TuningObjective("continuous", numbers).mixed_loss(guesses, rows, share).backward()
+    truth = torch.from_numpy(numbers[rows]).float()
+    wanted = 2 * (guesses.detach()[:, 0] - share * truth - (1 - share) * truth.roll(1)) / 4
+    torch.testing.assert_close(guesses.grad[:, 0], wanted)
+    weighted = TuningObjective("multiclass", classes, np.array([0.0, 0.0, 1.0, 0.0])).mixed_loss(scores, rows, share)
+    each = torch.nn.functional.cross_entropy
+    wanted = share * each(scores[2:3], torch.tensor([0])) + (1 - share) * each(scores[3:], torch.tensor([0]))
+    assert weighted.item() == pytest.approx(
+        wanted.item()
+    )  # the image that counts is third, and was mixed into the fourth
+
+
+def test_inputs_are_mixed_with_those_before_them_in_a_share_of_the_step() -> None:
+    inputs = torch.tensor([[0, 255], [100, 3], [7, 9]], dtype=torch.uint8)
+    found = mixed_inputs(inputs, 0.25)
+    wanted = 0.25 * inputs.double() + 0.75 * inputs.double()[[2, 0, 1]]
+    torch.testing.assert_close(found.double(), wanted)
+    assert inputs[0, 1] == 255  # what was read stays
+    draws = [mixing_share(0.4, (0, 0, step)) for step in range(400)]
+    assert draws[7] == mixing_share(0.4, (0, 0, 7)) != mixing_share(0.4, (0, 1, 7))
+    assert np.mean(draws) == pytest.approx(0.5, abs=0.05)
+    assert np.var(draws) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.15)  # of Beta(0.4, 0.4)
+    assert mixing_share(0.0, (0, 0, 7)) == 1
+
+
+def test_softened_answers_are_recorded_and_take_part_in_what_is_learned(piles, store, tmp_path, cli) -> None:
+    one = {**FAST, "epochs": 1, "interpolate": False}
+    found = {
+        name: finetune(store, from_node=CUT, out=tmp_path / name, **one, **more)["tuning"]
+        for name, more in {"plain": {"mixup": 0}, "mixed": {"mixup": 1.0}, "smooth": {"label_smoothing": 0.2}}.items()
+    }
+    assert len({tuning["runs"][0]["history"][1]["loss"] for tuning in found.values()}) == 3
+    assert found["mixed"]["softened"] == "mixup of 1"
+    assert (found["mixed"]["schedule"]["mixup"], found["smooth"]["schedule"]["label_smoothing"]) == (1.0, 0.2)
+    assert "softened" not in found["plain"]
+    told = cli(
+        "finetune",
+        store,
+        "--from",
+        CUT,
+        "--out",
+        tmp_path / "b",
+        "--mixup",
+        "0.2",
+        "--label-smoothing",
+        "0.1",
+        "--dry-run",
+    )
+    assert "; mixup of 0.2, label smoothing of 0.1; an epoch takes" in told.out
+    for column, words in (("target", "value"), ("multilabel", "tags")):
+        asked: dict[str, Any] = {"labels": piles / "table.csv", column: words, **one}
+        with pytest.raises(
+            UsageError, match=rf"label_smoothing=0\.1 spreads the answer over the classes, and {column} is of"
+        ):
+            finetune(store, from_node=CUT, out=tmp_path / "b", label_smoothing=0.1, **asked)
+        assert finetune(store, from_node=CUT, out=tmp_path / column, mixup=0.4, **asked)["tuning"]["softened"]
 
 
 EPOCHS = {

@@ -154,10 +154,10 @@ def test_statistics_are_trained_on_request(store, again, pretrained, tmp_path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 8])
-def test_a_killed_run_goes_on_to_the_same_bits(steps, images, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("steps", "mixup"), [(1, None), (8, 0.4)])
+def test_a_killed_run_goes_on_to_the_same_bits(steps, mixup, images, tmp_path, monkeypatch) -> None:
     asked: dict[str, Any] = {"from_node": "images", "backbone": "small_networks:build", "weights": "none", "epochs": 3,
-                             "batch_size": 8, "augment": "crop,flip", "silent": True}  # fmt: skip
+                             "batch_size": 8, "augment": "crop,flip", "mixup": mixup, "silent": True}  # fmt: skip
     finetune(images / "piles", tmp_path / "features", out=tmp_path / "whole", **asked)
     done: list[int] = []
 
@@ -201,6 +201,18 @@ def test_groups_stay_on_one_side(images, store, again, tmp_path, monkeypatch) ->
     ]
     assert not cameras[0] & cameras[1]
     assert not (cameras[0] | cameras[1]) & cameras[2]
+
+
+def test_mixed_images_are_learned_from_whatever_the_answers(images, store, again, tmp_path) -> None:
+    plain = finetune(store, out=tmp_path / "plain", **again)["tuning"]
+    mixed = finetune(store, out=tmp_path / "mixed", mixup=1.0, label_smoothing=0.1, **again)["tuning"]
+    assert mixed["softened"] == "mixup of 1, label smoothing of 0.1"
+    first, other = (tuning["runs"][0]["history"] for tuning in (plain, mixed))
+    assert first[0]["loss"] == other[0]["loss"]  # images that choose are as they are, and so are their answers
+    assert other[1]["train_loss"] > first[1]["train_loss"]
+    table = images / "table.csv"
+    for kind in ({"target": "height"}, {"multilabel": "tags"}):
+        assert finetune(store, out=tmp_path / "b", labels=table, mixup=0.4, **kind, **again)["tuning"]["softened"]
 
 
 def test_only_the_images_of_ids_count(store, again, tmp_path) -> None:

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 import featurepipe as fp
 from featurepipe.errors import UsageError
 from featurepipe.tuning.finetune import finetune
-from featurepipe.tuning.loop import TuningObjective
+from featurepipe.tuning.objective import TuningObjective
 from featurepipe.tuning.peers import Peers, fabric_on, processes
 from tests.conftest import Process
 

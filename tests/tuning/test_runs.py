@@ -22,7 +22,8 @@ from featurepipe.execution.dask import DaskExecutor
 from featurepipe.heads.statistics.multilabel import average_precisions
 from featurepipe.tuning import loop, runs, work
 from featurepipe.tuning.finetune import finetune
-from featurepipe.tuning.loop import LossNotFinite, TuningObjective
+from featurepipe.tuning.loop import LossNotFinite
+from featurepipe.tuning.objective import TuningObjective
 from featurepipe.tuning.options import TuneOptions
 from featurepipe.tuning.runs import MIXES, adopt_best_mix, exact_head, with_loss_left
 
