@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import copy
 import os
 import subprocess
 import sys
@@ -118,7 +119,18 @@ def gpu_tests(_: argparse.Namespace) -> dict[str, Any]:
     chosen = [str(path.relative_to(ROOT)) for path in files]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--noconftest",
+            "--continue-on-collection-errors",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "gpu",
+        ]
         environment = {**os.environ, "FEATUREPIPE_CACHE": ""}
         ran = subprocess.run(
             [*command, f"--junitxml={report}", *chosen],
@@ -199,7 +211,8 @@ class Script:
 
     def __init__(self, backbone: Backbone, precision: str, device: str) -> None:
         self.device, self.dtype = device, DTYPES[precision]
-        cut: nn.Module = create_feature_extractor(backbone.module, return_nodes={backbone.bottleneck: "features"})
+        whole = copy.deepcopy(backbone.module)  # the cut network shares its tensors, and changes their dtype
+        cut: nn.Module = create_feature_extractor(whole, return_nodes={backbone.bottleneck: "features"})
         self.network = cut.eval().to(device=device, dtype=self.dtype, memory_format=torch.channels_last)
         form = {"device": device, "dtype": self.dtype}
         self.mean = torch.tensor(backbone.preprocessing.mean, **form)[:, None, None]

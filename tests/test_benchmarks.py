@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import record
 from tests.conftest import Finished
 
 ROOT = Path(__file__).parent.parent
@@ -254,7 +255,18 @@ def test_the_gpu_benchmark_runs_on_a_cpu_without_dask_and_trees_and_says_that_it
     assert (heads["rows"], heads["width"], heads["classes"]) == (2562, 64, 3)
     assert 0 <= heads["ours"]["gap_at_most"] < 1e-5
     assert heads["script"]["above_ours"] > -1e-5
-    assert min(heads["pass_s"].values()) > 0
+    for times in heads["passes"].values():
+        assert 0 < times["pass_s"] < times["iteration_s"]
+
+
+def test_a_record_of_parts_that_say_when_keeps_the_others_and_any_other_replaces_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    read = lambda: json.loads((tmp_path / "results" / "bench_x.json").read_text())  # noqa: E731
+    assert record.save("bench_x", {"a": {"when": "then"}, "b": 1})["benchmark"] == "bench_x"
+    record.save("bench_x", {"a": {"when": "now"}})
+    assert (read()["a"], read()["b"]) == ({"when": "now"}, 1)
+    record.save("bench_x", {"c": 2})
+    assert read().keys() == {"benchmark", "when", "machine", "c"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -18,7 +18,10 @@ Forward = Callable[[torch.Tensor], Features]
 
 GAIN = 0.03
 """By which share of the time a graph must be faster to be kept: less is noise, and costs memory."""
-_ROUNDS, _IN_A_ROW, _WARM_UPS = 5, 4, 3
+STARTING = 0.5
+"""Share of a forward's time that this process must take to start its kernels for a graph to be tried: where it is less, the
+device has work waiting all the time, and the forwards of the trial would be lost."""
+_ROUNDS, _IN_A_ROW, _WARM_UPS = 3, 3, 3
 
 
 class MeasuredForward:
@@ -36,6 +39,7 @@ class MeasuredForward:
         *,
         capture: Callable[[Forward, torch.Tensor], Forward] | None = None,
         seconds: Callable[[Forward, torch.Tensor], float] | None = None,
+        starting: Callable[[Forward, torch.Tensor], tuple[float, float]] | None = None,
     ) -> None:
         """Stores what to run.
 
@@ -45,10 +49,12 @@ class MeasuredForward:
             agree: Whether features of two forwards may stand for each other.
             capture: Makes a graph of the forward for batches like one; PyTorch's by default.
             seconds: Times some forwards of a batch; by default with the device's work done.
+            starting: Times one: the seconds until all is started, and until all is done.
         """
         self.choice: str | None = None
         self._eager, self._size, self._agree = eager, size, agree
         self._capture, self._seconds = capture or captured, seconds or seconds_of
+        self._starting = starting or started_and_done
         self._full: Forward | None = None
 
     def __call__(self, batch: torch.Tensor) -> Features:
@@ -60,6 +66,13 @@ class MeasuredForward:
         return self._full(batch)
 
     def _chosen(self, batch: torch.Tensor) -> tuple[Forward, str]:
+        self._eager(batch)  # what is done once for this shape
+        started, done = self._starting(self._eager, batch)
+        if started < STARTING * done:
+            return (
+                self._eager,
+                f"eager: {1000 * started:.2f} of {1000 * done:.2f} ms a batch of {self._size} go into starting it",
+            )
         try:
             graph = self._capture(self._eager, batch)
             others = batch.roll(1, 0)  # a graph that kept what it was captured with would show on other images
@@ -88,6 +101,16 @@ def seconds_of(forward: Forward, batch: torch.Tensor) -> float:
         forward(batch)
     torch.cuda.synchronize(batch.device)
     return (time.perf_counter() - start) / _IN_A_ROW
+
+
+def started_and_done(forward: Forward, batch: torch.Tensor) -> tuple[float, float]:
+    """Seconds until a forward's kernels are started, and until they are done."""
+    torch.cuda.synchronize(batch.device)
+    start = time.perf_counter()
+    forward(batch)
+    started = time.perf_counter() - start
+    torch.cuda.synchronize(batch.device)
+    return started, time.perf_counter() - start
 
 
 def captured(forward: Forward, like: torch.Tensor) -> Forward:

@@ -33,7 +33,7 @@ class Recorded:
         return self.forward(batch)
 
 
-def measured(graph, milliseconds, **options):
+def measured(graph, milliseconds, starting=0.9):
     """Stand-ins: a capture that gives ``graph``, and a clock that says what each forward takes."""
     eagerly = Recorded(eager)
     forward = MeasuredForward(
@@ -42,7 +42,7 @@ def measured(graph, milliseconds, **options):
         agree,
         capture=lambda _forward, _batch: graph,
         seconds=lambda forward, _: milliseconds["eager" if forward is eagerly else "graph"] / 1000,
-        **options,
+        starting=lambda *_: (starting, 1.0),
     )
     return forward, eagerly
 
@@ -71,6 +71,15 @@ def test_a_graph_that_gains_next_to_nothing_is_not_kept():
     assert len(graph.sizes) == checked == 2
 
 
+def test_no_graph_is_made_where_the_device_has_work_waiting_anyway():
+    graph = Recorded(eager)
+    forward, eagerly = measured(graph, {"eager": 2.0, "graph": 0.1}, starting=0.4)
+    torch.testing.assert_close(forward(images(4)), eager(images(4)))
+    assert forward.choice == "eager: 400.00 of 1000.00 ms a batch of 4 go into starting it"
+    forward(images(4))
+    assert (len(eagerly.sizes), graph.sizes) == (3, [])
+
+
 @pytest.mark.parametrize("stale", [True, False])
 def test_a_graph_that_gives_other_features_is_not_kept_however_fast(stale):
     kept = eager(images(4))
@@ -89,7 +98,7 @@ def test_where_no_graph_can_be_made_the_forward_runs_as_it_is_and_that_is_said(e
     def capture(_forward, _batch):
         raise error
 
-    forward = MeasuredForward(eager, 4, agree, capture=capture)
+    forward = MeasuredForward(eager, 4, agree, capture=capture, starting=lambda *_: (1.0, 1.0))
     torch.testing.assert_close(forward(images(4)), eager(images(4)))
     why = "operation not permitted" if type(error) is RuntimeError else "OutOfMemoryError"
     assert forward.choice == f"eager, as no CUDA graph could be made: {why}"
@@ -104,7 +113,12 @@ def test_an_engine_uses_the_choice_and_its_runtime_says_it():
     assert "forward" not in engine.runtime
     graph = Recorded(engine._eager)
     engine._measured = MeasuredForward(
-        engine._eager, 4, engine._agree, capture=lambda *_: graph, seconds=lambda forward, _: 1.0 - (forward is graph)
+        engine._eager,
+        4,
+        engine._agree,
+        capture=lambda *_: graph,
+        seconds=lambda forward, _: 1.0 - (forward is graph),
+        starting=lambda *_: (1.0, 1.0),
     )
     engine.submit(batch).result()
     found = engine.submit(batch).result()
@@ -120,6 +134,7 @@ def test_on_cuda_a_graph_gives_the_features_of_the_forward_and_batches_in_flight
     from featurepipe.backbones import graphs
 
     monkeypatch.setattr(graphs, "GAIN", -1e9)  # whichever is faster: the graph is kept
+    monkeypatch.setattr(graphs, "STARTING", 0)
     backbone = load_backbone("resnet18", "none")
     columns = backbone.columns(["layer2", "bottleneck"])
     plain = Engine(backbone, columns, precision=precision, device="cuda", batch_size=8, graphs=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from itertools import chain
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from featurepipe.errors import UsageError
 from featurepipe.heads.blocks import ArrayBlocks
 from featurepipe.heads.devices import HOST, Device, OnDevice, device_of, namespace_of
-from featurepipe.heads.linear import passes
+from featurepipe.heads.linear import classifiers, losses, multilabel, optimisers, passes, row_sums
 from featurepipe.heads.linear.classifiers import BlockLinearSVC, BlockLogisticRegression, fit_path
 from featurepipe.heads.linear.multilabel import MultilabelLogisticRegression
 from featurepipe.heads.linear.ordinal import OrdinalLogisticRegression
@@ -53,6 +54,51 @@ class Counting(ArrayBlocks):
         found = super().read(dtype, rows=rows)
         self.rows, self.most = self.rows + len(found), max(self.most, len(found))
         return found.copy()
+
+
+def counting(called, name, function):
+    def count(*args):
+        called[name] += 1
+        return function(*args)
+
+    return count
+
+
+class Elsewhere(torch.Tensor):
+    """Tensors that mix with none of this process's memory, as a GPU's do not: neither NumPy's arrays nor ordinary tensors."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        values = chain.from_iterable(value if isinstance(value, tuple | list) else [value] for value in args)
+        for value in [*values, *(kwargs or {}).values()]:
+            is_index = isinstance(value, np.ndarray) and "getitem" in function.__name__  # which a GPU's take
+            foreign = (isinstance(value, np.ndarray) and not is_index) or type(value) is torch.Tensor
+            assert not (foreign and value.ndim), (
+                f"{function.__name__} of {type(value).__name__} with a tensor on the device"
+            )
+        return super().__torch_function__(function, types, args, kwargs)
+
+    def __array__(self, *_, **__):
+        raise AssertionError("a tensor on the device is taken for NumPy's")
+
+    def cpu(self):
+        return torch.Tensor.cpu(self).as_subclass(torch.Tensor)
+
+    def __array_namespace__(self):
+        return Namespace
+
+
+class Namespace:
+    """PyTorch's functions, which make tensors elsewhere."""
+
+    def __getattr__(self, name):
+        found = getattr(torch, name)
+        if name not in ("asarray", "zeros", "empty", "ones", "arange"):
+            return found
+        return lambda *args, **kwargs: found(*args, **kwargs).as_subclass(Elsewhere)
+
+
+Namespace = Namespace()
 
 
 @pytest.fixture
@@ -100,6 +146,60 @@ def test_several_labels_and_ordered_classes_agree_as_well():
     order = {"order": [0, 1, 2, 3]}
     here, there = (OrdinalLogisticRegression(tol=1e-9, **order).fit(X, labels) for X in (features, tensor))
     np.testing.assert_allclose(there.predict_proba(features), here.predict_proba(features), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [0, WHOLE], ids=["streamed", "kept"])
+@pytest.mark.parametrize("start", ["float32", "float64"])
+def test_sums_on_a_device_mix_with_nothing_of_this_process(memory, start, monkeypatch):
+    """What a GPU's tensors would refuse; all ways of measuring curvature, and Newton's steps, which take products."""
+    if start == "float32":
+        monkeypatch.setattr(passes, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(losses, "_LEAST_ROWS", 64)  # so that rows are chosen
+    monkeypatch.setattr(losses, "_ROWS_PER_VALUE", 1)
+    monkeypatch.setattr(multilabel, "_OWN_FROM", 0)  # so that labels share a basis
+    called = Counter()
+    for owner, name in (
+        (row_sums, "pair_curvature"),
+        (row_sums.Products, "__call__"),
+        (losses.RotatedDiagonals, "add"),
+    ):
+        monkeypatch.setattr(owner, name, counting(called, name, getattr(owner, name)))
+    device = Device(torch.empty(0).as_subclass(Elsewhere), memory)
+    features, labels = made_up(1_500, 12, 4)
+    several = np.column_stack([labels == 1, labels >= 2, labels == 3]).astype(float)
+    order = [0, 1, 2, 3]
+    fits = [
+        lambda X: BlockLogisticRegression().fit(X, labels),
+        lambda X: BlockLogisticRegression().fit(X, labels > 1),
+        lambda X: BlockLogisticRegression(class_weight="balanced").fit(X, labels * 10 + np.arange(1_500) % 10),
+        lambda X: BlockLinearSVC(C=0.1).fit(X, labels),
+        lambda X: MultilabelLogisticRegression().fit(X, several),
+        lambda X: OrdinalLogisticRegression(order=order).fit(X, labels),
+    ]
+    for fit in fits:
+        there, here = fit(OnDevice(ArrayBlocks(features), device)), fit(ArrayBlocks(features))
+        scores = "decision_function" if hasattr(here, "decision_function") else "predict_proba"
+        expected = getattr(here, scores)(features)
+        np.testing.assert_allclose(getattr(there, scores)(features), expected, atol=2e-2 * np.abs(expected).max())
+    monkeypatch.setattr(classifiers, "patience_of", lambda *_: 1)  # then the curvature of all classes together
+    for method in (None, "newton"):
+        if method:
+            monkeypatch.setattr(classifiers, "joint_lbfgs", optimisers.newton)
+        there, here = (
+            BlockLogisticRegression(C=10).fit(X, labels) for X in (OnDevice(ArrayBlocks(features), device), features)
+        )
+        np.testing.assert_allclose(there.predict_proba(features), here.predict_proba(features), atol=2e-2)
+    assert set(called) == {"pair_curvature", "__call__", "add"}
+
+
+def test_the_stand_in_for_a_gpu_refuses_what_a_gpu_would():
+    elsewhere = Device(torch.empty(0).as_subclass(Elsewhere)).put(np.ones(3))
+    for other in (np.ones(3), torch.ones(3)):
+        with pytest.raises(AssertionError, match="a tensor on the device"):
+            elsewhere + other
+    with pytest.raises(AssertionError, match="taken for NumPy's"):
+        np.asarray(elsewhere)
+    np.testing.assert_array_equal(elsewhere.cpu(), np.ones(3))
 
 
 @pytest.mark.usefixtures("float32_from_the_start")

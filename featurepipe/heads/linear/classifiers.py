@@ -80,7 +80,7 @@ class BlockLinearClassifier(BlockClassifier, BaseEstimator):  # type: ignore[mis
         """Fits the classifier.
 
         Args:
-            X: (n, D) array, or ``Blocks`` such as a ``FeatureSet``, which are streamed.
+            X: (n, D) array; ``Blocks`` such as a ``FeatureSet``, which are streamed; or a PyTorch tensor, fitted where it is.
             y: (n,) labels; None for those that ``X`` carries.
             sample_weight: (n,) non-negative weights; None for one each.
 

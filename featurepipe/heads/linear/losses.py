@@ -6,6 +6,7 @@ columns run over whole vectors. They may be NumPy's or a device's (``heads.devic
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,16 +111,16 @@ class BinomialLoss:
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
-        xp = namespace_of(scores)
+        xp, zero = namespace_of(scores), _zero(scores)
         against = _signs(codes, targets, scores)
         xp.negative(against, out=against)
         amiss = scores[:, 0] * against  # minus the margin
         odds = xp.exp(-xp.abs(amiss))  # at most 1: nothing overflows
         losses = xp.log1p(odds)
-        losses += xp.clip(amiss, 0, None)
+        losses += xp.maximum(amiss, zero)
         values = _weighted_sums(losses, weights)
         odds += 1
-        xp.clip(amiss, None, 0, out=amiss)
+        xp.minimum(amiss, zero, out=amiss)
         xp.exp(amiss, out=amiss)
         amiss /= odds
         amiss *= against
@@ -149,9 +150,9 @@ class SquaredHingeLoss:
 
     def residuals(self, scores: Array, codes: Codes, weights: Array, targets: Codes) -> Array:
         """See ``Loss``."""
-        xp = namespace_of(scores)
+        xp, zero = namespace_of(scores), _zero(scores)
         sign = _signs(codes, targets, scores)
-        short = xp.clip(1 - sign * scores[:, 0], 0, None)
+        short = xp.maximum(1 - sign * scores[:, 0], zero)
         weighted = short * weights
         values = _weighted_sums(short, weighted)
         weighted *= -2
@@ -178,9 +179,17 @@ def _signs(codes: Codes, targets: Codes | int, like: Array) -> Array:
     """1 for rows of the problem's class, or that have its label where codes are (L, m); -1 for others; (P, m), or (m,) of one."""
     xp = namespace_of(like)
     wanted = targets if isinstance(targets, int | np.integer) else targets[:, None]
-    one = xp.ones((), dtype=like.dtype, device=like.device)
-    signs: Array = xp.where(codes == wanted if codes.ndim == 1 else codes[targets] > 0, one, -one)
+    positive = codes == wanted if codes.ndim == 1 else codes[targets] > 0
+    signs: Array = xp.asarray(positive, dtype=like.dtype)
+    signs *= 2
+    signs -= 1
     return signs
+
+
+def _zero(like: Array) -> Array:
+    """() where an array is, of its dtype, as PyTorch's `maximum` takes no number."""
+    zero: Array = namespace_of(like).zeros((), dtype=like.dtype, device=like.device)
+    return zero
 
 
 def _weighted_sums(values: Array, weights: Array) -> Array:
@@ -203,6 +212,7 @@ def softmax(scores: Array) -> Array:
 
 
 _TOGETHER = 4  # vectors from which products of matrices take less time than reading these again for each
+_MANY_VALUES = 1 << 20  # of gradients that are multiplied with one matrix: 1,000 classes of 1,280 values
 _ALONE_WIDTH = 2048  # of a matrix up to which threads that share its factorisation wait longer than they work
 WIDEST = 4096  # values a row up to which whole matrices are measured; above it their diagonals
 _ROWS_PER_VALUE = 4  # rows measured for each value a row: enough for a matrix that is close enough
@@ -441,7 +451,8 @@ class CholeskyPreconditioner:
         scaled = (gradient * self._scales).astype(self._inverses.dtype)
         if len(self._inverses) == 1:
             flat = scaled.reshape(-1, scaled.shape[-1])
-            solved = (flat @ self._inverses[0].T) @ self._inverses[0]
+            with one_blas_thread.lifted() if flat.size > _MANY_VALUES else nullcontext():
+                solved = (flat @ self._inverses[0].T) @ self._inverses[0]
         else:
             vectors = scaled.reshape(-1, *scaled.shape[-2:])
             together = [vectors] if len(vectors) >= _TOGETHER else vectors[:, None]
