@@ -63,7 +63,10 @@ class FakeEngine:
     batches = 0
     log: list[str]
 
-    def __init__(self, backbone: Any, columns: Any, *, precision: str, device: str, batch_size: int) -> None:
+    def __init__(
+        self, backbone: Any, columns: Any, *, precision: str, device: str, batch_size: int, graphs: bool
+    ) -> None:
+        assert not graphs  # a graph of each node would take memory, and the time to choose
         self.backbone, self.streams, self.device = backbone, 2, torch.device(device)
         self.node = columns[0].node
         self.log.append(f"made {self.node}")
