@@ -36,7 +36,7 @@ WHERE_WORK_RUNS = (  # the modules that decide where work runs, run it elsewhere
 TARGETS = {"files": 240, "where work runs: lines": 3600, "where work runs: files": 16, "files entered by one image": 40,
            "circular imports": 0, "class names of several meanings": 4, "lines": 40_000}  # fmt: skip
 TEXTS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
-LIMITS = {"files": 289, "files per 1,000 lines": 3.6, "where work runs: lines": 4820, "where work runs: files": 15,
+LIMITS = {"files": 290, "files per 1,000 lines": 3.6, "where work runs: lines": 4820, "where work runs: files": 15,
           "files entered by one image": 56, "circular imports": 0, "class names of several meanings": 0}  # fmt: skip
 """What CI holds to; why some lie above their targets, and which bounds are better: docs/decisions/structure-targets.md. A command
 that comes raises the files by what it adds, and so did the joint second derivative of heads (`heads/linear/joint.py`), for which

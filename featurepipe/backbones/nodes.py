@@ -67,8 +67,10 @@ class Trace:
         extractor = fx.GraphModule(self.module, graph, type(self.module).__name__)
         return freeze(extractor)
 
-    def above(self, node: str, out: str) -> fx.GraphModule | None:
-        """Returns a module that maps the output of ``node`` to that of ``out``; None if ``out`` needs more from below.
+    def above(self, node: str, out: str | Sequence[str]) -> fx.GraphModule | None:
+        """Returns a module that maps the output of ``node`` to that of ``out``, of several nodes by name.
+
+        None if that takes more from below than this output.
 
         Raises:
             KeyError: A name is not in the network.
@@ -78,7 +80,7 @@ class Trace:
         graph.graph_copy(self.graph, copies)
         by_name = {name: copies[found] for found, name in self.names.items() if found in copies}
         cut = by_name[node]
-        graph.output(by_name[out])
+        graph.output(by_name[out] if isinstance(out, str) else {name: by_name[name] for name in out})
         _without_inplace(graph)
         with graph.inserting_before(cut):
             given = graph.placeholder("activations")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from featurepipe.backbones import fusion, nodes
 from featurepipe.backbones.engine import DTYPES
-from featurepipe.backbones.pooling import pool
+from featurepipe.backbones.pooling import Column, pool
 from featurepipe.backbones.weights import LIKE
 from featurepipe.errors import Message, Option, UsageError
 
@@ -132,16 +132,17 @@ class Tail(TunedLayers):
 
     def forward(self, stored: Tensor) -> Tensor:
         """Features (N, D), float32, of activations (N, C * H * W) as the store has them."""
-        if self._axis is None:
-            activations = stored.reshape(len(stored), *self._shape)
-        else:  # the store has channels first, however the network orders its axes
-            channels_first = list(self._shape)
-            channels_first.insert(0, channels_first.pop(self._axis - 1))
-            activations = stored.reshape(len(stored), *channels_first).movedim(1, self._axis)
-            if self._axis == 1:
-                activations = activations.contiguous(memory_format=torch.channels_last)
-        outputs = self.folded()(activations.to(self.dtype))
+        outputs = self.folded()(self.activations(stored).to(self.dtype))
         return pool(outputs, self._pooling, channel_axis=self._out_axis).flatten(1)
+
+    def activations(self, stored: Tensor) -> Tensor:
+        """What the node gave the network, of activations (N, C * H * W) as the store has them."""
+        if self._axis is None:
+            return stored.reshape(len(stored), *self._shape)
+        channels_first = list(self._shape)  # so the store has them, however the network orders its axes
+        channels_first.insert(0, channels_first.pop(self._axis - 1))
+        found = stored.reshape(len(stored), *channels_first).movedim(1, self._axis)
+        return found.contiguous(memory_format=torch.channels_last) if self._axis == 1 else found
 
     def as_engine(self, precision: str) -> Tail:
         """Returns a frozen copy that computes as an `Engine` of a precision does: BatchNorm folded, weights of that dtype."""
@@ -150,6 +151,58 @@ class Tail(TunedLayers):
             fusion.fold_batch_norm(copied.network)
         copied.dtype = DTYPES[precision]
         return copied.to(dtype=copied.dtype)
+
+
+class TailEngine:
+    """Computes columns of a network from stored activations of a node, as an `Engine` of a precision does from images.
+
+    Args:
+        backbone: The network.
+        node: Whose activations go in.
+        columns: Of nodes above it, or of itself.
+        precision: As for `Engine`.
+
+    Raises:
+        UsageError: The network cannot be cut there, or a column takes more from below than the activations.
+    """
+
+    def __init__(self, backbone: Backbone, node: str, columns: Sequence[Column], precision: str) -> None:
+        self._tail, self._columns, self._dtype = Tail(backbone, node), tuple(columns), DTYPES[precision]
+        self._places = {column: backbone.node(column.node).name for column in columns}
+        self._axes = {column: backbone.channel_axis(column.node) for column in columns}
+        below = [str(column) for column in columns if column not in columns_above(backbone, node, columns)]
+        found = nodes.trace(backbone.module)
+        graph = (
+            None if below or found is None else found.above(self._tail.node, [*dict.fromkeys(self._places.values())])
+        )
+        if graph is None:
+            raise UsageError(f"{', '.join(below)} of {backbone.name} cannot be computed from the activations at {node}")
+        network = nodes.frozen_copy(graph)
+        fusion.fold_batch_norm(network)
+        self._network = network.to(dtype=self._dtype)
+        for parameter in network.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, stored: Tensor) -> dict[str, npt.NDArray[np.float32]]:
+        """Features (N, D), float32, by column, of activations (N, C * H * W) as the store has them."""
+        outputs = self._network(self._tail.activations(stored).to(self._dtype))
+        return {
+            str(column): pool(outputs[self._places[column]], column.pooling, channel_axis=self._axes[column])
+            .flatten(1)
+            .numpy()
+            for column in self._columns
+        }
+
+
+def columns_above(backbone: Backbone, node: str, columns: Sequence[Column]) -> list[Column]:
+    """Those columns that follow from the activations of a node alone, its own among them."""
+    found = nodes.trace(backbone.module) if backbone.traceable else None
+    if found is None:
+        return []
+    cut = backbone.node(node).name
+    return [column for column in columns if found.above(cut, backbone.node(column.node).name) is not None]
 
 
 FROZEN, TRAINED = ("frozen", "train")

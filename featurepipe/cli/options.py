@@ -92,8 +92,10 @@ def add_options(
         flag = on_command_line(Option(one.name))
         if one.default is True:
             flag, say["help"], say["action"] = f"--no-{flag[2:]}", f"do not {say['help']}", "store_false"
-        elif one.default is False:
+        elif one.default is False and one.read is None:
             say["action"] = "store_true"
+        elif one.default is False:  # a value says more than yes
+            say |= {"nargs": "?", "const": True, "metavar": metavar}
         elif one.repeated or (tuple in one.types and one.read is None):
             say |= {"action": "append", "metavar": metavar}
         elif one.read is None and one.types <= {int, float, NoneType}:

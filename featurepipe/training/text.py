@@ -241,6 +241,7 @@ def dry_text(found: Mapping[str, Any]) -> str:
             f"{counts['test']:,} to test; {_split_of_tuning(found)}",
             *(f"{_tuned(tuning)}; an epoch takes about {spoken(tuning['seconds_per_epoch'])}" for tuning in each),
         ]
+    lines += [found["stored_features"]["text"]] if "stored_features" in found else []
     return "\n".join([*lines, "dry run: nothing was written"])
 
 

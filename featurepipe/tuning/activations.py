@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -16,34 +16,29 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from featurepipe.backbones import Backbone, load_backbone
-from featurepipe.backbones.engine import BATCH_TOLERANCE, worst_cosine
 from featurepipe.backbones.tail import Tail, TunedLayers, cuts, refuse_joined
 from featurepipe.display import size
 from featurepipe.errors import DiskFull, Message, Option, UsageError, unknown
 from featurepipe.execution.executor import Executor
 from featurepipe.extraction.extract import ITEM_BYTES, extract, network_for
 from featurepipe.extraction.limits import EXTRACTION_GROUPS
-from featurepipe.extraction.prepare import space_notes
 from featurepipe.features.settings import Settings
-from featurepipe.heads.bundle.bundle import Bundle
 from featurepipe.option_groups import declared
 from featurepipe.progress import spoken
 from featurepipe.store import FeatureStore
-from featurepipe.store.choice import MIRRORED, TUNED_FROM
+from featurepipe.store.choice import MIRRORED
 from featurepipe.store.feature_store import is_store
 from featurepipe.store.space import Space, extract_command, fingerprint
 from featurepipe.store.views import FeatureSet
 from featurepipe.training.cost import available_memory
 from featurepipe.tuning.options import TuneOptions
+from featurepipe.tuning.stored_features import columns_kept
 
 _TIMED_STEPS = 2
-SCORED = 256
-"""Images whose features are computed at once."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -379,6 +374,8 @@ def stored_activations(
         )
     backbone = load_backbone(name, weights)
     tails = [Tail(backbone, cut) for cut in cuts_of(options, backbone)]
+    for tail in tails:  # before hours of work, not after
+        columns_kept(backbone, tail.node, options.store_features)
     arguments = {
         **extraction,
         "dataset": options.dataset,
@@ -409,104 +406,6 @@ def stored_activations(
     if flipped is not None:
         extract(source, opened, **flipped, silent=silent)
     return StoredActivations(opened, record["dataset"], record["fingerprint"], record)
-
-
-@dataclass(frozen=True)
-class StoredFeatures:
-    """The tuned network's features in the store.
-
-    Attributes:
-        space: Name of their feature space.
-        images: How many images were computed now.
-        known: How many the space had already.
-        cosine: The worst cosine, over a sample, of features and those of activations that differ by a rounding more.
-        tolerance: How far below 1 it may be.
-    """
-
-    space: str
-    images: int
-    known: int
-    cosine: float
-    tolerance: float
-
-    @property
-    def is_near(self) -> bool:
-        """Whether the features are those of images, to the tolerance of a feature space."""
-        return 1 - self.cosine <= self.tolerance
-
-    @property
-    def text(self) -> str:
-        """The same in words."""
-        off = f"rounding of the activations moves them by {1 - self.cosine:.1e} of a cosine, {self.tolerance:.0e} are allowed"
-        if not self.is_near:
-            return f"the tuned features were not stored: {off}; featurepipe extract --weights computes them from the images"
-        return f"tuned features of {self.images:,} images stored in {self.space}, {self.known:,} were there ({off})"
-
-    def about(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        return {"stored_features": {**asdict(self), "text": self.text}}
-
-
-def store_features(
-    store: FeatureStore, bundle: Bundle, every: FeatureSet, snapshot: str | None, stop: Callable[[], bool]
-) -> StoredFeatures:
-    """Computes the bottleneck features of a tuned network from the stored activations, for images that lack them.
-
-    They are features of the space that `featurepipe.extract` gives images with the bundle's weights, and heads, ``evaluate`` and
-    ``drift`` take them. They differ from those by the rounding of the activations at the cut to the stored dtype. How much
-    that is, is measured by rounding once more: where it is beyond `BATCH_TOLERANCE`, nothing is stored.
-
-    Args:
-        store: Of the activations.
-        bundle: The tuned network.
-        every: The activations of all images of the dataset's snapshot.
-        snapshot: The snapshot; None for the current one.
-        stop: Whether to stop; what was computed is kept.
-    """
-    backbone = load_backbone(bundle.backbone["name"], str(bundle.weights_file), like=bundle.backbone.get("like"))
-    precision = bundle.space["precision"]
-    tail = Tail(backbone, bundle.training["tuning"]["from"]).as_engine(precision)
-    settings = Settings.of_space(bundle.space, why="as the activations")
-    notes = {**space_notes(backbone, settings), TUNED_FROM: every.space_fingerprint}
-    cosine = _cosine_of_rounding(tail, every)
-    tolerance = BATCH_TOLERANCE[precision]
-    name = bundle.fingerprint[:12]
-    if 1 - cosine > tolerance:
-        return StoredFeatures(name, 0, 0, cosine, tolerance)
-    with store.lock(shared=True):
-        space = store.open_space(bundle.space, backbone=backbone.name, notes=notes)
-        known = space.index([tail.bottleneck]).contains(every.keys)
-        facts = store.snapshot(every.origin.dataset, snapshot, columns=["id", "size", "mtime_ns"])
-        assert facts is not None  # noqa: S101 - the activations are of its images
-        found = pc.index_in(every.table["id"], value_set=facts["id"].combine_chunks())
-        places = np.asarray(pc.fill_null(found, -1).to_numpy()).astype(np.int64)
-        lacking = np.flatnonzero(~known & (places >= 0))  # what was forgotten meanwhile stays so
-        rows = lacking[np.sort(np.unique(every.keys64[lacking], return_index=True)[1])]
-        sizes, times = (facts[column].to_numpy() for column in ("size", "mtime_ns"))
-        done = 0
-        with space.writer(store.new_run_id(), dataset=every.origin.dataset) as writer:
-            for start in range(0, len(rows), SCORED):
-                if stop():
-                    break
-                part = rows[start : start + SCORED]
-                at = places[part]
-                with torch.inference_mode():
-                    values = tail(torch.from_numpy(every.read(np.float32, rows=part))).numpy()
-                writer.add(every.keys[part], list(every.ids[part]), sizes[at], times[at], {tail.bottleneck: values})
-                done += len(part)
-    return StoredFeatures(space.name, done, int(known.sum()), cosine, tolerance)
-
-
-def _cosine_of_rounding(tail: Tail, every: FeatureSet) -> float:
-    """The worst cosine over a sample of what activations give, and what they give when each is off by half a unit more."""
-    rows = np.unique(np.linspace(0, len(every) - 1, min(len(every), 64)).round().astype(np.int64))
-    values = every.read(np.float32, rows=rows)
-    if every.dtype == np.float32:
-        return 1.0
-    noise = np.random.default_rng(0).uniform(-1, 1, values.shape).astype(np.float32) * np.float32(2**-11)
-    with torch.inference_mode():
-        exact, rounded = (tail(torch.from_numpy(given)).numpy() for given in (values, values * (1 + noise)))
-    return worst_cosine(exact, rounded)
 
 
 def cuts_of(options: TuneOptions, network: Backbone) -> tuple[str, ...]:

@@ -37,11 +37,12 @@ from featurepipe.tuning.activations import (
     described,
     stored_activations,
 )
-from featurepipe.tuning.activations import store_features as keep_features
 from featurepipe.tuning.from_images import finetune_images
 from featurepipe.tuning.objective import Rows
-from featurepipe.tuning.options import OF_IMAGES, TuneOptions, one_or_several
+from featurepipe.tuning.options import OF_IMAGES, TuneOptions, features_kept, one_or_several
 from featurepipe.tuning.peers import refuse_processes
+from featurepipe.tuning.stored_features import FeaturesToStore, columns_kept
+from featurepipe.tuning.stored_features import store_features as store_features_of
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, why_tune
 
 
@@ -82,7 +83,7 @@ def finetune(
     min_class_size: int = 2,
     memory: int | str | None = None,
     seed: int = 0,
-    store_features: bool = False,
+    store_features: bool | str | Sequence[str] = False,
     weights: str | PathLike[str] | Mapping[str, str] | None = None,
     trust_code: bool | Collection[str] = False,
     ids: Collection[str] | None = None,
@@ -149,8 +150,9 @@ def finetune(
         seed: of draws.
         store_features: at the end, keep the tuned network's bottleneck of all images of the dataset in the store, computed from
             the activations: a feature space of its own, that of ``extract`` with the bundle's weights, so that heads, ``drift``
-            and ``evaluate`` work on it (``depth`` compares several columns, and computes the others from images). Images that
-            have it already are passed over, also where nothing is tuned since nothing changed.
+            and ``evaluate`` work on it. Named nodes above the cut (``NODE`` or ``NODE:POOLING``), or ``all`` for every block, are
+            kept beside it in the same pass, pooled as ``extract`` pools them, so that ``depth`` works on it, too. Images that
+            have a column already are passed over, also where nothing is tuned since nothing changed.
         weights: the backbone's weights file, where the features are of one of your own, or a mapping of such files by the
             fingerprint of the feature space; of images as in ``extract``.
         trust_code: as in `featurepipe.train`.
@@ -185,7 +187,7 @@ def finetune(
         rate=rate, lowest_rate=lowest_rate, weight_decay=weight_decay, warmup=warmup, batch_size=batch_size, patience=patience,
         augment=augment, label_smoothing=label_smoothing, mixup=mixup, batch_norm=batch_norm, mixed_precision=mixed_precision,
         seeds=seeds, interpolate=interpolate, head_start=head_start, min_class_size=min_class_size, memory=memory, seed=seed,
-        store_features=store_features,
+        store_features=features_kept(store_features),
     )  # fmt: skip
     say = announcer(silent=silent)
     folder = bundle_target(out)
@@ -209,10 +211,19 @@ def finetune(
         if asked == {"why": []}:
             kept = {} if dry_run else _stored_features(works, stored.store, folder, snapshot, say)
             return {**unchanged(folder, works[0].task, works[0].inputs()), **stored.about(), **kept}
+        ahead = _to_store(works, stored.store)
         if dry_run:
-            return {**works[0].task.as_dict(), "tuning": _planned(works), **asked}
+            return {
+                **works[0].task.as_dict(),
+                "tuning": _planned(works),
+                **({} if ahead is None else ahead.about()),
+                **asked,
+            }
         for work in works:
             say(work.text)
+        if ahead is not None:
+            say(ahead.text)
+            ahead.check()
         executor.check(stored.store.path)
         with stop_on_signals() as stop:
             record = tune_and_publish(works, folder, stop, executor, start=start, silent=silent, say=say)
@@ -226,6 +237,22 @@ def _planned(works: Sequence[TailWork]) -> dict[str, Any]:
     return {**told[0], **({"cuts": told} if len(told) > 1 else {})}
 
 
+def _to_store(works: Sequence[TailWork], store: FeatureStore) -> FeaturesToStore | None:
+    """What is to be stored of the tuned network, of the cut of which that is most; None if nothing was asked for.
+
+    Raises:
+        UsageError: A node that was asked for is unknown, or lies below a cut.
+    """
+    plans = [
+        FeaturesToStore.of(
+            store, work.backbone, columns_kept(work.backbone, work.body.node, work.options.store_features), work.every
+        )
+        for work in works
+    ]
+    largest = max(plans, key=lambda plan: plan.bytes)
+    return largest if largest.columns else None
+
+
 def _stored_features(
     works: Sequence[TailWork], store: FeatureStore, folder: Path, snapshot: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -235,7 +262,7 @@ def _stored_features(
     bundle = read_bundle(folder)
     work = next(work for work in works if work.body.node == bundle.training["tuning"]["from"])
     with stop_on_signals() as stop:
-        found = keep_features(store, bundle, work.every, snapshot, stop)
+        found = store_features_of(store, bundle, work.every, work.options.store_features, snapshot, stop)
         say(found.text)
         if stop():
             raise Interrupted(

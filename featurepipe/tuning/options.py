@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any, ClassVar
 
 from featurepipe.errors import Message, Option, UsageError
-from featurepipe.option_groups import LEARNING, at_least, is_memory, is_number, option
+from featurepipe.option_groups import LEARNING, at_least, by_commas, is_memory, is_number, not_empty, option
 from featurepipe.store.options import DatasetOption, LabelsOption, RoleOptions, SpaceOption, TrustOption
 
 AUGMENTATIONS = ("none", "crop", "flip", "crop,flip")
@@ -38,6 +38,18 @@ def _from_zero(given: Any) -> str | None:
 
 def _below_one(given: Any) -> str | None:
     return None if is_number(given, Real) and 0 <= given < 1 else "must be a share from 0, below 1"
+
+
+def features_kept(given: bool | str | Sequence[str]) -> bool | tuple[str, ...]:
+    """What is kept of a tuned network's features.
+
+    Example:
+        >>> features_kept(True), features_kept("blocks.14, blocks.15"), features_kept(["all"])
+        (True, ('blocks.14', 'blocks.15'), ('all',))
+    """
+    if isinstance(given, bool):
+        return given
+    return by_commas(given) if isinstance(given, str) else tuple(given)
 
 
 IMAGES = "images"
@@ -184,9 +196,11 @@ class LoopOptions(RoleOptions):
         metavar="AMOUNT", check=is_memory,
     )  # fmt: skip
     seed: int = option(0, "of draws (default: 0)", check=at_least(0, 2**32 - 1))
-    store_features: bool = option(
-        False, "at the end, keep the tuned network's features of all images in the store, computed from the activations"
-    )
+    store_features: bool | tuple[str, ...] = option(
+        False, "at the end, keep the tuned network's features of all images in the store, computed from the activations: those "
+        "of the bottleneck, and of nodes from the cut on that are named; all: of every block there, as extract --node all",
+        metavar="all|NODE[:POOLING],...", read=features_kept, check=not_empty,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

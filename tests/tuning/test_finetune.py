@@ -24,7 +24,7 @@ from featurepipe.errors import BundleError, DiskFull, Interrupted, UsageError
 from featurepipe.heads.bundle.bundle import read_bundle
 from featurepipe.interrupt import StopRequest
 from featurepipe.training.text import finetune_text
-from featurepipe.tuning import activations, loop, work
+from featurepipe.tuning import activations, loop, stored_features, work
 from featurepipe.tuning.finetune import finetune
 from featurepipe.tuning.objective import TuningObjective, mixed_inputs, mixing_share
 
@@ -397,6 +397,71 @@ def test_tuned_features_are_kept_as_extract_would_give_them(piles, tmp_path) -> 
     wanted = other.features("digits").read(np.float32)
     assert 1 - worst_cosine(own, wanted) <= kept["tolerance"]
     assert fp.extract(piles / "piles", path, weights=str(bundle.weights_file), **extracting)["counts"]["computed"] == 0
+
+
+def test_columns_above_the_cut_are_kept_too_so_that_heads_depth_and_drift_work_on_tuned_features(
+    piles, tmp_path, cli
+) -> None:
+    path = tmp_path / "store"
+    extracting: dict[str, Any] = {"dataset": "digits", "backbone": "lenet5", "precision": "fp32", "silent": True}
+    fp.extract(piles / "piles", path, weights="none", nodes=[f"{CUT}:map", "bottleneck"], **extracting)
+    asked: dict[str, Any] = {"from_node": CUT, "out": tmp_path / "b", **FAST, "interpolate": False}
+    kept = finetune(path, **asked, store_features="c5, s4:max2x2")["stored_features"]
+    assert (kept["columns"], kept["images"]) == (["c5:gap", "s4:max2x2", "f6.1:gap"], 500)
+    planned = cli("finetune", path, "--from", CUT, "--out", tmp_path / "x", "--store-features", "all", "--dry-run")
+    assert "tuned features to be stored: s2:" in planned.out
+    again = finetune(path, **asked, store_features="all", if_changed=True)
+    every = again["stored_features"]["columns"]
+    assert "skipped" in again
+    assert (again["stored_features"]["images"], again["stored_features"]["known"]) == (500, 0)
+    once_more = finetune(path, **asked, store_features=["all"], if_changed=True)["stored_features"]
+    assert (once_more["images"], once_more["known"]) == (0, 500)
+    # what extract gives images with the bundle's weights, and the same columns
+    bundle, other = read_bundle(tmp_path / "b"), tmp_path / "other"
+    assert (
+        fp.extract(piles / "piles", path, weights=str(bundle.weights_file), nodes=every, **extracting)["counts"][
+            "computed"
+        ]
+        == 0
+    )
+    fp.extract(piles / "piles", other, weights=str(bundle.weights_file), nodes=[*every, "s4:max2x2"], **extracting)
+    stores = [fp.FeatureStore(place) for place in (path, other)]
+    assert every == ["s2:avg4x4", "s4:avg4x4", "c5:gap", "f6.1:gap"]
+    for column in [*every, "s4:max2x2"]:
+        own, wanted = (each.features("digits", node=column, backbone=bundle.fingerprint) for each in stores)
+        assert list(own.ids) == list(wanted.ids)
+        assert 1 - worst_cosine(own.read(np.float32), wanted.read(np.float32)) <= kept["tolerance"], column
+    # and what is done with any space
+    name = stores[0].space(bundle.fingerprint).name
+    depths = [
+        fp.depth(place, dataset="digits", backbone=bundle.fingerprint, folds=2, seeds=1, silent=True)
+        for place in (path, other)
+    ]
+    assert len(depths[0]["columns"]) >= 4
+    assert {column["column"] for column in depths[0]["columns"]} == {
+        column["column"] for column in depths[1]["columns"]
+    }
+    for own, wanted in zip(*(sorted(found["results"], key=str) for found in depths), strict=True):
+        assert own["accuracy"] == pytest.approx(wanted["accuracy"], abs=0.01)
+    trained = fp.train(path, out=tmp_path / "head", backbone=name, nodes="c5", silent=True)
+    assert trained["test"]["accuracy"]["value"] > 0.7
+    drifted = fp.drift(tmp_path / "head", path, silent=True)
+    assert drifted["columns"]
+
+
+def test_nodes_below_the_cut_are_no_part_of_what_is_tuned_and_a_full_disk_is_said_before(
+    store, tmp_path, monkeypatch
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"store_features='c1:gap' lies below s2, or beside it.*the blocks that do: s2"
+    ):
+        finetune(store, from_node=CUT, out=tmp_path / "b", store_features="c1", **FAST)
+    with pytest.raises(UsageError, match="unknown node 'c9'"):
+        finetune(store, from_node=CUT, out=tmp_path / "b", store_features="c9", **FAST)
+    monkeypatch.setattr(stored_features.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(DiskFull, match=r"tuned features take .*1\.0 kB are free.*store_features='true'"):
+        finetune(store, from_node=CUT, out=tmp_path / "b", store_features="all", **FAST)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_writes_nothing(store, tmp_path, cli) -> None:
