@@ -126,6 +126,9 @@ def _answer(document: Document) -> list[Block]:
     smaller = [one for one in (best.get("by_size") or [])[:-1] if one.get("few_draws")]
     changes += [f"With {_with_images(one['size']['text'])} the answer was {one['few_draws']}." for one in smaller]
     same = best.get("not_told_apart")
+    if best.get("same_cost"):
+        others, take = " and ".join(best["same_cost"]), "takes" if len(best["same_cost"]) == 1 else "take"
+        changes.insert(0, f"As far as a clock tells {others} {take} as long; {best['route']} is the simplest of them.")
     ties = f"By these images not told apart from {best['best']}: {', '.join(same)}." if same else ""
     figures = (
         (measure.title, measure.text(best.get("value")), f"{bounds} over test images and draws" if bounds else ""),

@@ -13,7 +13,7 @@ import numpy as np
 
 from featurepipe.display import counted, share, table
 from featurepipe.display import size as size_of
-from featurepipe.heads.statistics.comparison import AccuracyEstimate, cheapest_within_one_se
+from featurepipe.heads.statistics.comparison import EQUAL, AccuracyEstimate, cheapest_within_one_se
 from featurepipe.layer_depth import answers as of_layers
 from featurepipe.layer_depth.answers import SHIFTED, SOURCE
 from featurepipe.layer_depth.text import extraction_lines
@@ -27,6 +27,20 @@ FARTHEST = 10.0
 """How many times the largest measured size a change is looked for at."""
 _LINE = 100
 _BEST = {"accuracy": "most accurate", "map": "one with the best mAP", "r2": "one with the best R2"}
+
+
+SAME_SECONDS, SAME_SHARE = 1.0, 0.1
+"""Times that differ by less than a second, or by less than a tenth, are equal: a busy machine's clock tells no more."""
+
+
+def no_dearer(seconds: float) -> float:
+    """The longest time that is equal to one, as far as a clock tells.
+
+    Example:
+        >>> no_dearer(0.2), no_dearer(60.0)
+        (1.2, 66.0)
+    """
+    return max(seconds + SAME_SECONDS, seconds * (1 + SAME_SHARE))
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,7 @@ class RouteChoice:
         best: the best one.
         estimate: of the chosen one.
         best_estimate: of the best one.
+        same_cost: names of other routes within one standard error that take as long, as far as the clock tells.
     """
 
     size: DrawSize
@@ -172,6 +187,7 @@ class RouteChoice:
     best: MeasuredRoute
     estimate: AccuracyEstimate
     best_estimate: AccuracyEstimate
+    same_cost: tuple[str, ...] = ()
 
 
 def choices(
@@ -180,14 +196,20 @@ def choices(
     """The choice at each size at which something was measured, ascending."""
     found = []
     for size in study.sizes:
-        own = {one.route.name: one for one in measured if one.size == size.name}
+        some = [one for one in measured if one.size == size.name]
+        own = {one.route.name: one for one in sorted(some, key=lambda one: [*ROUTES].index(one.route.kind))}
         if own:
             estimates = {name: estimate(one) for name, one in own.items()}
             seconds = {name: costs[name, size.name].seconds for name in own}
-            _, best = cheapest_within_one_se(estimates, seconds)
+            _, best = cheapest_within_one_se(estimates, seconds, same=no_dearer)
             beside = {name: _beside(one, own[best], estimates[best]) for name, one in own.items()}
-            chosen, _ = cheapest_within_one_se(beside, seconds)
-            found.append(RouteChoice(size, own[chosen], own[best], estimates[chosen], estimates[best]))
+            chosen, _ = cheapest_within_one_se(beside, seconds, same=no_dearer)
+            top = beside[best]
+            near = {
+                name: seconds[name] for name, one in beside.items() if one.value >= top.value - (top.se or 0.0) - EQUAL
+            }
+            alike = tuple(name for name in near if name != chosen and near[name] <= no_dearer(min(near.values())))
+            found.append(RouteChoice(size, own[chosen], own[best], estimates[chosen], estimates[best], alike))
     return found
 
 
@@ -303,7 +325,9 @@ def recommended(
         "best_seconds": dear.seconds,
         "few_draws": few_draws_of(last, study),
         "not_told_apart": same,
-        "rule": f"the cheapest route within one standard error of the {_BEST[measure]} (Breiman et al. 1984)",
+        "same_cost": list(last.same_cost),
+        "rule": f"the cheapest route within one standard error of the {_BEST[measure]} (Breiman et al. 1984), and of those that "
+        "take as long the simplest; times that differ by less than a second or a tenth are equal",
         "by_size": [
             {
                 "size": choice.size.as_dict(),
@@ -416,6 +440,8 @@ def _answer_text(found: Mapping[str, Any]) -> str:
     ]
     if best.get("few_draws"):
         lines.append(best["few_draws"])
+    if best.get("same_cost"):
+        lines.append(same_cost_text(best))
     if best["not_told_apart"]:
         lines.append(f"not told apart from {best['best']}: {', '.join(best['not_told_apart'])}")
     lines += [change_text(change, found["per"]) for change in best["changes"]]
@@ -429,6 +455,13 @@ def _answer_text(found: Mapping[str, Any]) -> str:
             f"on {there['dataset']}: {_interval(there)}; the best there is {there['best']}, {there['best_value']:.4f}"
         )
     return "\n".join(lines)
+
+
+def same_cost_text(best: Mapping[str, Any]) -> str:
+    """Which routes take as long as the recommended one."""
+    others = best["same_cost"]
+    take = "takes" if len(others) == 1 else "take"
+    return f"as far as a clock tells {' and '.join(others)} {take} as long; {best['route']} is the simplest of them"
 
 
 def change_text(change: Mapping[str, Any], per: str) -> str:

@@ -142,7 +142,8 @@ def finetune(
         warmup: share of the steps in which rates rise.
         batch_size: images a step.
         patience: epochs without a better validation score after which to stop.
-        seeds: how often to tune from each cut, in other orders; the best on validation is kept.
+        seeds: how often to tune from each cut, in other orders and, where weights or a head are random, from others; the best on
+            validation is kept. Run n has what ``seed + n`` draws.
         interpolate: mix tuned and frozen weights; else it is all of one or of the other.
         head_start: the head to begin with: ``exact``, or ``random``, to compare with: all is tuned at once, nothing mixed.
         min_class_size: classes with fewer images (where the dataset has splits: to train on) are left out, and said.

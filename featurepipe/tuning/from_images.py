@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from featurepipe.backbones import load_backbone
-from featurepipe.backbones.tail import Trunk, TunedLayers
+from featurepipe.backbones.tail import State, Trunk, TunedLayers
 from featurepipe.display import counted, size
 from featurepipe.errors import DiskFull, Message, Option, SourceError, UsageError
 from featurepipe.execution.executor import Executor
@@ -45,6 +46,7 @@ from featurepipe.tuning.augmentation import Augmentation, ImageExamples
 from featurepipe.tuning.objective import Rows
 from featurepipe.tuning.options import IMAGES, TuneOptions
 from featurepipe.tuning.peers import ALONE, Peers, fabric_on, processes
+from featurepipe.tuning.runs import drawn_network
 from featurepipe.tuning.work import TuningWork, chosen, network_of, settled, tune_and_publish, why_tune
 
 if TYPE_CHECKING:
@@ -124,6 +126,13 @@ class ImagesWork(TuningWork):
             "unreadable": len(self.examples.lost),
             "measure": self.objective.measure,
         }
+
+    @property
+    def drawn(self) -> Callable[[int], State] | None:
+        """From scratch, of every layer."""
+        if not self.is_scratch:
+            return super().drawn
+        return partial(drawn_network, name=self.backbone.name, batch_norm=_trunk(self).batch_norm, outputs=self.outputs)
 
     @property
     def unreadable(self) -> dict[int, str]:

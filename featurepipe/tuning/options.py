@@ -176,7 +176,8 @@ class LoopOptions(RoleOptions):
         choices=("fp32", "bf16"),
     )  # fmt: skip
     seeds: int = option(
-        1, "how often to tune from each cut, each time with images in another order; the best on validation is kept (default: 1)",
+        1, "how often to tune from each cut, each time with images in another order, and with other weights and another head "
+        "where these are random; the best on validation is kept (default: 1)",
         check=at_least(1, 100),
     )  # fmt: skip
     interpolate: bool = option(

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featurepipe.backbones.tail import Model, State, Tail, TunedLayers
+from featurepipe.backbones import load_backbone
+from featurepipe.backbones.tail import Model, State, Tail, Trunk, TunedLayers
 from featurepipe.display import counted
 from featurepipe.errors import Interrupted
 from featurepipe.execution.executor import Executor, Report, Stop, Worker
@@ -187,6 +188,18 @@ def random_head(outputs: int, width: int, seed: int) -> tuple[Floats, Floats]:
     return weight, np.zeros(outputs)
 
 
+def drawn_head(seed: int, outputs: int, width: int) -> State:
+    """`random_head`, as a model's state has it."""
+    weight, bias = (torch.from_numpy(part.astype(np.float32)) for part in random_head(outputs, width, seed))
+    return {"head.weight": weight, "head.bias": bias}
+
+
+def drawn_network(seed: int, name: str, batch_norm: str, outputs: int) -> State:
+    """All that learns of a network with random weights, and a random head on it."""
+    body = Trunk(load_backbone(name, "none", seed=seed), batch_norm)
+    return Model(body, *random_head(outputs, body.width, seed)).weights()
+
+
 @dataclass(frozen=True)
 class CutRun:
     """One run: a shard of the tuning.
@@ -234,6 +247,8 @@ class TuningContext:
         cuts: What is tuned, by cut.
         seeds: Runs for each cut.
         fabric: Lightning's; None for PyTorch alone, in float32.
+        drawn: The weights, by a run's seed, that runs begin with where these are random, so that every run has others; None
+            where all begin alike.
     """
 
     network: NetworkName | None
@@ -247,6 +262,7 @@ class TuningContext:
     cuts: Mapping[str, TunedCut]
     seeds: int = 1
     fabric: Fabric | None = None
+    drawn: Callable[[int], State] | None = None
     _started: dict[str, tuple[Model, State]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -277,9 +293,12 @@ class TuningContext:
     def run(self, shard: CutRun) -> TuningRun:
         """A run at its start."""
         model, _ = self.start(shard.cut)
+        seed = self.seed + shard.number
+        if self.drawn is not None and shard.number:  # the first has them already
+            model.adopt(self.drawn(seed))
         return TuningRun(
             model, self.cuts[shard.cut].examples, self.objective, self.train, self.validation, self.schedule,
-            model.body.blocks(), self.seed + shard.number, fabric=self.fabric,
+            model.body.blocks(), seed, fabric=self.fabric,
         )  # fmt: skip
 
     @property

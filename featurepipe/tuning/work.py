@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ from featurepipe.tuning.runs import (
     TunedRun,
     TuningContext,
     adopt_best_mix,
+    drawn_head,
     exact_head,
     random_head,
     told_runs,
@@ -132,13 +134,13 @@ class TuningWork(ABC):
         if not self.is_scratch:
             self.leave_out(self.fill_frozen(self.learned_from), say)
         if self.begins_random:
-            head = random_head(max(1, len(self.task.classes)), self.body.width, self.options.seed)
+            head = random_head(self.outputs, self.body.width, self.options.seed)
             return self.objective.to_target(*head)
         rows, division, start = self.learned_from, self.task.division, time.perf_counter()
         say(f"fitting the head to begin with, {self.recipe.head}: its penalty is chosen on validation images")
         head, params = exact_head(
             self.task.features.read(np.float32, rows=rows), rows, self.objective, division.train, division.validation,
-            outputs=max(1, len(self.task.classes)), seed=self.recipe.seed, memory=self.task.cost.budget_bytes,
+            outputs=self.outputs, seed=self.recipe.seed, memory=self.task.cost.budget_bytes,
         )  # fmt: skip
         say(f"fitted {self.recipe.head} on {len(division.train):,} images in {took(time.perf_counter() - start)}")
         self.recipe = self.recipe.with_params(params)
@@ -203,6 +205,16 @@ class TuningWork(ABC):
     def begins_random(self) -> bool:
         """Whether the head at least has learned nothing before."""
         return self.is_scratch or self.options.head_start == RANDOM
+
+    @property
+    def drawn(self) -> Callable[[int], State] | None:
+        """The weights that a run of a seed begins with, as far as these are random; None if all runs begin alike."""
+        return partial(drawn_head, outputs=self.outputs, width=self.body.width) if self.begins_random else None
+
+    @property
+    def outputs(self) -> int:
+        """Classes or labels; 1 for a number."""
+        return max(1, len(self.task.classes))
 
     def epoch_seconds(self) -> float:
         """How long an epoch takes, from a few steps on noise; validation, which takes no gradients, counts a third."""
@@ -445,7 +457,7 @@ def runs_of(
     return TuningContext(
         first.network_name, head, first.objective, division.train, division.validation, first.schedule,
         first.options.seed, _checkpoints(folder), {work.cut: tuned(work) for work in works},
-        first.options.seeds, first.fabric,
+        first.options.seeds, first.fabric, first.drawn,
     )  # fmt: skip
 
 

@@ -264,6 +264,19 @@ class TestImages:
         over_images(correct)
         assert time.process_time() - start < 5
 
+    def test_with_all_right_the_error_is_that_of_wilsons_interval_and_joins_that_of_one_wrong(self):
+        right = over_images(np.ones(99))
+        z, n = 1.0, 99  # the lower limit of Wilson's score interval with all right, by its formula
+        low = (1 + z**2 / (2 * n) - z * np.sqrt(z**2 / (4 * n**2))) / (1 + z**2 / n)
+        assert right.se == pytest.approx(1 - low) == pytest.approx(1 / 100)
+        assert over_images(np.zeros((3, 99))).se == pytest.approx(1 / 100)
+        one_wrong = over_images(np.arange(99) > 0).se
+        assert right.se < one_wrong < 1.02 * right.se
+        now_and_then = over_images(np.stack([np.arange(99) > 0, np.ones(99), np.ones(99)]))
+        assert now_and_then.se == pytest.approx(right.se)  # no surer with a mistake than without
+        copies = over_images(np.ones(99), np.repeat(np.arange(33), 3))
+        assert copies.se == pytest.approx(1 / 34)
+
     def test_what_does_not_fit_is_refused(self):
         with pytest.raises(UsageError, match="groups must be one for each of the 3 images"):
             over_images([True, False, True], ["a", "b"])
@@ -298,6 +311,15 @@ class TestChoice:
         assert cheapest_within_one_se(even, {"a": 1, "b": 1}) == ("a", "a")
         near = {"a": AccuracyEstimate(0.895, None, None, 0.01), "b": AccuracyEstimate(0.9, None, None, 0.01)}
         assert cheapest_within_one_se(near, {"a": 1, "b": 1}) == ("b", "b")
+
+    def test_costs_that_a_clock_does_not_tell_apart_are_equal_and_the_first_is_taken(self):
+        near = {name: AccuracyEstimate(0.9, None, None, 0.01) for name in ("simple", "other", "dear")}
+        near["worse"] = AccuracyEstimate(0.8, None, None, 0.01)
+        costs = {"simple": 1.4, "other": 0.5, "dear": 1.6, "worse": 0.0}
+        assert cheapest_within_one_se(near, costs) == ("other", "other")
+        assert cheapest_within_one_se(near, costs, same=lambda cost: cost + 1) == ("simple", "simple")
+        last_first = {name: near[name] for name in ("dear", "simple", "other")}
+        assert cheapest_within_one_se(last_first, costs, same=lambda cost: cost + 1) == ("simple", "simple")
 
     def test_one_candidate_is_chosen(self):
         assert cheapest_within_one_se({"a": AccuracyEstimate(0.1, 0, 1, 0.3)}, {"a": 5}) == ("a", "a")

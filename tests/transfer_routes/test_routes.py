@@ -104,7 +104,10 @@ def test_the_recommended_route_is_the_cheapest_within_one_standard_error(answer:
     near = [row for row in rows.values() if row["accuracy"] >= best["accuracy"] - best["se"]]
     chosen = answer["recommended"]
     assert chosen["best"] == best["route"]
-    assert chosen["route"] == min(near, key=lambda row: row["seconds"])["route"]
+    longest = answers.no_dearer(min(row["seconds"] for row in near))
+    alike = [row["route"] for row in near if row["seconds"] <= longest]
+    assert chosen["route"] == next(name for name in TAKEN if name in alike)
+    assert {chosen["route"], *chosen["same_cost"]} == set(alike)
     assert [one["size"]["size"] for one in chosen["by_size"]] == [5, "all"]
     apart = {(row["size"], row["a"]): row["difference"] for row in answer["differences"]}
     for (size, route), value in apart.items():
@@ -531,6 +534,38 @@ def test_routes_of_different_draws_are_chosen_among_by_the_draws_that_both_have(
     assert line in answers._answer_text(with_values(told)).splitlines()
     page = " ".join(text for block in _answer(with_values(told)) for text in getattr(block, "paragraphs", ()))
     assert f"With {study.sizes[0].name} images a class the answer was {rough}." in page
+
+
+def test_times_that_a_clock_does_not_tell_apart_are_equal_and_the_simplest_route_is_taken(settled: Any) -> None:
+    context, asked = settled
+    study, ways = context.study, {trial.route.name: trial.route for trial in asked}
+    tested, size = len(study.test), study.sizes[-1]
+
+    def chosen(seconds: dict[str, float]) -> answers.RouteChoice:
+        known, costs = [], {}
+        for name in reversed(seconds):  # whatever the order in which they are known
+            cells = [Cell(name, seed, 0, {}, np.ones(tested), None, 1.0, 1.0) for seed in range(2)]
+            series = Series("pretrained", (name,), name, cells)
+            known.append(measure.MeasuredRoute(ways[name], size.name, (0, 1), study.of(size.name), series))
+            costs[name, size.name] = answers.RouteCosts(0.0, seconds[name], None)
+        found = answers.recommended(study, known, costs, [])
+        assert "times that differ by less than a second or a tenth are equal" in found["rule"]
+        (choice,) = answers.choices(study, known, costs)
+        assert (found["route"], found["same_cost"]) == (choice.chosen.route.name, list(choice.same_cost))
+        if found["same_cost"]:
+            told = answers.same_cost_text(found)
+            assert told == "as far as a clock tells node takes as long; bottleneck is the simplest of them"
+        return choice
+
+    for seconds in ({"bottleneck": 0.9, "node": 0.3}, {"bottleneck": 107.0, "node": 100.0}):
+        choice = chosen({**seconds, "scratch": 300.0})
+        assert (choice.chosen.route.name, choice.best.route.name, choice.same_cost) == (
+            "bottleneck",
+            "bottleneck",
+            ("node",),
+        )
+        assert choice.best_estimate.se == pytest.approx(1 / (tested + 1))  # all are right
+    assert chosen({"bottleneck": 112.0, "node": 100.0, "scratch": 300.0}).chosen.route.name == "node"
 
 
 def test_own_classes_that_name_some_of_the_labels_only_are_left_out_with_the_others_named() -> None:

@@ -413,3 +413,33 @@ def test_of_numbers_the_penalty_with_the_least_error_is_taken() -> None:
     weight, bias = objective.to_target(*head)
     expected = fitted[best].predict(values[TEST].astype(np.float64) / unit)
     assert (values[TEST] @ weight.T + bias)[:, 0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_each_run_from_random_weights_begins_with_others_which_follow_from_its_seed(
+    store, tmp_path, monkeypatch
+) -> None:
+    begun: dict[tuple[str, int], runs.TuningContext] = {}
+
+    class Enough(Exception):
+        pass
+
+    def caught(context: runs.TuningContext, *_: Any, **__: Any) -> None:
+        begun[name, seed] = context
+        raise Enough
+
+    monkeypatch.setattr(work, "tuned_runs", caught)
+    for name, asked in (("images", {"weights": "none", "backbone": "lenet5"}), ("s2", {"head_start": "random"})):
+        for seed in (0, 1):
+            with pytest.raises(Enough):
+                finetune(store, from_node=name, seeds=2, seed=seed, out=tmp_path / "b", silent=True, **asked)
+
+    def weights(name: str, seed: int, number: int) -> dict[str, torch.Tensor]:
+        return begun[name, seed].run(runs.CutRun(name, number)).model.weights()
+
+    for name, layers in (("images", {"c1", "c3", "c5", "f6"}), ("s2", set[str]())):
+        first, second, again, next_seed = (weights(name, *of) for of in ((0, 0), (0, 1), (0, 0), (1, 0)))
+        other = {key for key, value in first.items() if key.endswith(".weight") and not torch.equal(value, second[key])}
+        assert {key.split(".")[2] for key in other if key.startswith("body.")} == layers
+        assert "head.weight" in other
+        for same, wanted in ((again, first), (next_seed, second)):
+            assert all(torch.equal(value, wanted[key]) for key, value in same.items())

@@ -8,7 +8,7 @@ variance over images, or groups, its sampling variance (Efron 1982, "The Jackkni
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -98,8 +98,10 @@ def over_images(
     The interval is the exact binomial one for as many independent images as would give this variance (Korn & Graubard 1998,
     "Confidence intervals for proportions with small expected number of positive counts estimated from survey data").
     Resampling the groups would give the same variance at a thousand times the cost, and no interval at all where every image
-    is right; there it has the right width for so many groups. The interval of R2 is Student's of the logarithm of 1 - R2, a ratio
-    of two sums of squares.
+    is right; there it has the right width for so many groups. Where less than one is wrong, or right, the standard error is the
+    reach of Wilson's score interval of one standard error with none wrong (Wilson 1927, "Probable Inference, the Law of
+    Succession, and Statistical Inference"): 1 / (n + 1) of n groups, hardly less than with one wrong. The interval of R2
+    is Student's of the logarithm of 1 - R2, a ratio of two sums of squares.
 
     Args:
         correct: (k, n) or (n,): whether each seed's head was right on each image, or the share of times it was; of another
@@ -117,8 +119,13 @@ def over_images(
     value, sampling = of_images(hits, groups)
     if sampling is None:
         return AccuracyEstimate(value, None, None, None)
-    low, high = _limits_of_r2(value, sampling) if measure == R2 else limits(min(max(value, 0.0), 1.0), sampling)
-    return AccuracyEstimate(value, low, high, float(np.sqrt(sampling.variance)))
+    se = float(np.sqrt(sampling.variance))
+    if measure == R2:
+        return AccuracyEstimate(value, *_limits_of_r2(value, sampling), se)
+    least = 1 / (sampling.groups + 1)
+    return AccuracyEstimate(
+        value, *limits(min(max(value, 0.0), 1.0), sampling), max(se, least) if min(value, 1 - value) < least else se
+    )
 
 
 def difference_over_folds(
@@ -179,7 +186,12 @@ def difference_over_images(
     return replace(found, low=max(-1.0, value - reach), high=min(1.0, value + reach))
 
 
-def cheapest_within_one_se(estimates: Mapping[str, AccuracyEstimate], costs: Mapping[str, float]) -> tuple[str, str]:
+def cheapest_within_one_se(
+    estimates: Mapping[str, AccuracyEstimate],
+    costs: Mapping[str, float],
+    *,
+    same: Callable[[float], float] | None = None,
+) -> tuple[str, str]:
     """Chooses the cheapest whose accuracy is at most one standard error below the best's.
 
     The one-standard-error rule (Breiman, Friedman, Olshen & Stone 1984, "Classification and Regression Trees", section
@@ -188,6 +200,8 @@ def cheapest_within_one_se(estimates: Mapping[str, AccuracyEstimate], costs: Map
     Args:
         estimates: Of each candidate.
         costs: Of each candidate, in any unit.
+        same: The highest cost that is no more than a cost, where costs are measured and so not exact. Of candidates that cost
+            no more than the cheapest the first is taken, so give the simplest first. None where costs are exact.
 
     Returns:
         The chosen and the best. Of equally accurate ones the cheaper is best, of equally cheap ones the more accurate
@@ -209,10 +223,17 @@ def cheapest_within_one_se(estimates: Mapping[str, AccuracyEstimate], costs: Map
     undefined = [name for name, one in estimates.items() if np.isnan(one.value) or np.isnan(costs[name])]
     if undefined:
         raise UsageError(f"the accuracy or cost of {undefined[0]!r} is NaN; leave it out")
-    best = min(estimates, key=lambda name: (-estimates[name].value, costs[name]))
-    least = estimates[best].value - (estimates[best].se or 0.0) - EQUAL
-    near = [name for name, one in estimates.items() if one.value >= least]
-    return min(near, key=lambda name: (costs[name], -estimates[name].value)), best
+
+    def cheapest(names: Sequence[str]) -> str:
+        if same is None:
+            return min(names, key=lambda name: (costs[name], -estimates[name].value))
+        most = same(min(costs[name] for name in names))
+        return next(name for name in names if costs[name] <= most)
+
+    top = max(one.value for one in estimates.values())
+    best = cheapest([name for name, one in estimates.items() if one.value == top])
+    least = top - (estimates[best].se or 0.0) - EQUAL
+    return cheapest([name for name, one in estimates.items() if one.value >= least]), best
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
