@@ -500,14 +500,15 @@ def _layers(document: Document, paint: Paint) -> Exhibit | Prose | None:
 
 def _untried(document: Document) -> Table | None:
     rows = tuple(
-        (
-            TableCell(str(one["route"])),
-            TableCell(str(one.get("size", "any"))),
-            TableCell(count(one.get("draws")), finite(one.get("draws"))),
-            TableCell(_time(one.get("seconds")), finite(one.get("seconds"))),
-            TableCell(str(one["why"])),
-        )
+        (TableCell(str(one["route"])), TableCell(str(one.get("size", "any"))), TableCell(str(one["why"]), note=_lacking(one)))
         for one in document.get("not_tried") or []
     )
-    header = ("Route", "Size", "Draws", "Time, estimated", "Why")
-    return Table("What has no result, and why", header, rows) if rows else None
+    return Table("What has no result, and why", ("Route", "Size", "Why"), rows) if rows else None
+
+
+def _lacking(one: Document) -> str:
+    """How many draws have no result, and how long they would take; under the reason, since a phone has no room beside it."""
+    if "draws" not in one:
+        return ""
+    lasts = f", about {_time(one['seconds'])} by the estimate" if finite(one.get("seconds")) is not None else ""
+    return f"{counted(int(one['draws']), 'draw')}{lasts}"
