@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -404,7 +405,12 @@ def test_columns_above_the_cut_are_kept_too_so_that_heads_depth_and_drift_work_o
 ) -> None:
     path = tmp_path / "store"
     extracting: dict[str, Any] = {"dataset": "digits", "backbone": "lenet5", "precision": "fp32", "silent": True}
-    fp.extract(piles / "piles", path, weights="none", nodes=[f"{CUT}:map", "bottleneck"], **extracting)
+    for image in [path for path in (piles / "piles").rglob("*.png") if int(path.stem) % 2]:  # of an earlier snapshot
+        place = tmp_path / "half" / image.parent.name / image.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, place)
+    for images in (tmp_path / "half", piles / "piles"):
+        fp.extract(images, path, weights="none", nodes=[f"{CUT}:map", "bottleneck"], **extracting)
     asked: dict[str, Any] = {"from_node": CUT, "out": tmp_path / "b", **FAST, "interpolate": False}
     kept = finetune(path, **asked, store_features="c5, s4:max2x2")["stored_features"]
     assert (kept["columns"], kept["images"]) == (["c5:gap", "s4:max2x2", "f6.1:gap"], 500)
@@ -445,8 +451,10 @@ def test_columns_above_the_cut_are_kept_too_so_that_heads_depth_and_drift_work_o
         assert own["accuracy"] == pytest.approx(wanted["accuracy"], abs=0.01)
     trained = fp.train(path, out=tmp_path / "head", backbone=name, nodes="c5", silent=True)
     assert trained["test"]["accuracy"]["value"] > 0.7
-    drifted = fp.drift(tmp_path / "head", path, silent=True)
-    assert drifted["columns"]
+    drifted = fp.drift(path, backbone=name, reference="first", bundle=tmp_path / "head", silent=True)
+    assert {one["column"] for one in drifted["columns"]} == {*every, "s4:max2x2"}
+    assert drifted["images"] == {"reference": 250, "new": 250}
+    assert drifted["classes"]["columns"] == ["c5:gap"]
 
 
 def test_nodes_below_the_cut_are_no_part_of_what_is_tuned_and_a_full_disk_is_said_before(
