@@ -500,7 +500,11 @@ def _layers(document: Document, paint: Paint) -> Exhibit | Prose | None:
 
 def _untried(document: Document) -> Table | None:
     rows = tuple(
-        (TableCell(str(one["route"])), TableCell(str(one.get("size", "any"))), TableCell(str(one["why"]), note=_lacking(one)))
+        (
+            TableCell(str(one["route"])),
+            TableCell(str(one.get("size", "any"))),
+            TableCell(str(one["why"]), note=_lacking(one)),
+        )
         for one in document.get("not_tried") or []
     )
     return Table("What has no result, and why", ("Route", "Size", "Why"), rows) if rows else None
