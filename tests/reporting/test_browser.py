@@ -583,3 +583,37 @@ def test_paper_has_every_plot_and_table_and_no_controls(browser, page):
     pdf = browser.paper()
     assert pdf.startswith(b"%PDF")
     assert 5 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 20
+
+
+def test_routes_without_a_result_are_read_on_a_phone_without_scrolling(browser, tmp_path) -> None:
+    row = {
+        "route": "bottleneck", "kind": "bottleneck", "size": 5, "per_class": 5.0, "images": 10, "tested_on": "source",
+        "accuracy": 0.9, "low": 0.8, "high": 0.95, "cells": [0.9], "params": [{}], "train_accuracy": 1.0, "seconds": 1.0,
+        "seconds_features": 0.5, "seconds_fit": 0.5, "memory": None,
+    }  # fmt: skip
+    path = "/data/projects/" + "a-long-name-of-a-folder" * 3
+    lacking = [
+        {"route": "as-it-is", "why": f"the images were extracted from {path}, which cannot be opened now"},
+        {
+            "route": "tail from blocks.10",
+            "size": "all",
+            "draws": 3,
+            "seconds": 5400.0,
+            "why": "the budget would not have sufficed",
+        },
+    ]
+    sizes = [{"size": 5, "per_class": 5.0, "images": 10, "text": "5 a class"}]
+    document = {
+        "kind": "routes",
+        "version": 1,
+        "dataset": "d",
+        "measure": "accuracy",
+        "results": [row],
+        "sizes": sizes,
+        "not_tried": lacking,
+    }
+    browser.open(write_report(document, tmp_path / "page.html", silent=True), width=390, height=844, touch=True)
+    table = "document.querySelector('#untried .scroll')"
+    assert browser.run(f"{table}.scrollWidth") <= browser.run(f"{table}.clientWidth") < 390
+    said = browser.run(f"{table}.querySelector('tbody tr:last-child').innerText")
+    assert "3 draws, about 1:30:00 h by the estimate" in said
