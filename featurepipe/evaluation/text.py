@@ -78,7 +78,7 @@ def _own_classes(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     labels, several = len(found["matched"]) + len(found["unmatched"]), found["classes"]
-    lines = [f"{len(found['matched'])} of {counted(labels, 'label')} are classes of the network"]
+    lines = [f"{len(found['matched'])} of {counted(labels, 'label')} are meant by classes of the network"]
     if found["unmatched"]:
         lines[0] += f"; not: {first_names(found['unmatched'], _ROWS)}"
     if found["without_images"]:
