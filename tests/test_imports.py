@@ -144,6 +144,23 @@ print([name for name in ("torch", "dask", "torchvision") if name in sys.modules]
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_what_looks_at_a_store_loads_no_pandas(tmp_path):
+    """Arrow imports it, where it is installed, to see whether a text or an array is a Series: half the time of such a command."""
+    Image.new("L", (32, 32)).save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_text("no image")
+    lenet = {"backbone": "lenet5", "weights": "none"}
+    featurepipe.extract(tmp_path, tmp_path / "store", **lenet, max_rejects=1, silent=True)
+    script = f"""
+import sys
+from featurepipe.cli import main
+for command in ("info", "verify", "runs", "gc"):
+    assert main([command, {str(tmp_path / "store")!r}]) == 0
+    assert "pandas" not in sys.modules, command
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
 SERVED = ("lenet5", "alexnet", "vgg16", "googlenet", "inception_v3", "resnet50", "efficientnet_lite0")
 
 

@@ -17,7 +17,7 @@ from featurepipe.errors import StoreError, StoreMoved, UsageError, unknown
 from featurepipe.store.keys import Keys, keys_from_arrow
 from featurepipe.store.labelled_images import unknown_split
 from featurepipe.store.rows import ColumnRows, WideRows
-from featurepipe.store.snapshots import OK
+from featurepipe.store.snapshots import OK, have_status
 from featurepipe.store.space import Origin, Space, differences, extract_command
 from featurepipe.store.views import FeatureSet
 
@@ -179,7 +179,7 @@ def usable_keys(snapshot: pa.Table) -> Keys:
 
 def _usable(snapshot: pa.Table) -> pa.Table:
     """The rows of usable images: as a rule all of them, which need no copy."""
-    is_usable = pc.equal(snapshot["status"], OK)
+    is_usable = have_status(snapshot, OK)
     return snapshot if pc.all(is_usable).as_py() else snapshot.filter(is_usable)
 
 

@@ -40,7 +40,7 @@ from featurepipe.store.indexes import described_indexes
 from featurepipe.store.keys import count_distinct, keys_from_arrow
 from featurepipe.store.locks import check_system, store_lock
 from featurepipe.store.parts import Headers
-from featurepipe.store.snapshots import OK, REJECTED
+from featurepipe.store.snapshots import OK, REJECTED, have_status
 from featurepipe.store.space import Space, extract_command, read_space
 from featurepipe.store.views import FeatureSet
 
@@ -467,7 +467,7 @@ def _describe_dataset(store: FeatureStore, name: str) -> dict[str, Any]:
     table = store.snapshot(name, columns=["key", "label", "split", "size", "status"])
     if table is None:
         return {"name": name, "snapshots": 0}
-    usable = table.select(["key", "label", "split"]).filter(pc.equal(table["status"], OK))
+    usable = table.select(["key", "label", "split"]).filter(have_status(table, OK))
     return {
         "name": name,
         "snapshots": len(run_ids),
@@ -475,7 +475,7 @@ def _describe_dataset(store: FeatureStore, name: str) -> dict[str, Any]:
         "listed": len(table),
         "images": len(usable),
         "distinct": count_distinct(keys_from_arrow(usable["key"])),
-        "rejects": pc.sum(pc.equal(table["status"], REJECTED)).as_py() or 0,
+        "rejects": pc.sum(have_status(table, REJECTED)).as_py() or 0,
         "labels": _counts(usable["label"]),
         "splits": _counts(usable["split"]),
         "columns": store.further_columns(name),

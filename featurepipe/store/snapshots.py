@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.errors import StoreError, StoreMoved, UnknownSnapshot, UsageError, unknown
 from featurepipe.store.atomic import atomic_file, checked_folder, listed, made_folder, open_file
 from featurepipe.store.documents import checked_dataset, is_dataset, is_run_id
+from featurepipe.store.parts import text_of
 
 OK, REJECTED = "ok", "rejected"
 PREVIOUS, FIRST = "previous", "first"
@@ -37,6 +39,15 @@ SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
+
+
+_STATUSES = {status: text_of(np.array([status.encode()]))[0] for status in (OK, REJECTED)}
+"""Arrow's scalars, made by hand as `text_of` says: Arrow imports pandas to compare a column with a string."""
+
+
+def have_status(table: pa.Table, status: str) -> pa.ChunkedArray:
+    """Says of each image (n,) whether its status is ``OK``, or ``REJECTED``; null where it has none."""
+    return pc.equal(table["status"], _STATUSES[status])
 
 
 def snapshot_ids(folder: Path, dataset: str) -> list[str]:
@@ -151,7 +162,7 @@ def _check_rows(table: pa.Table) -> None:
         states = set(pc.unique(table["status"]).to_pylist())
         if not states <= {OK, REJECTED}:
             raise ValueError(f"status must be {OK!r} or {REJECTED!r}, not {sorted(map(str, states - {OK, REJECTED}))}")
-        if "key" in names and pc.any(pc.and_(pc.equal(table["status"], OK), table["key"].is_null())).as_py():
+        if "key" in names and pc.any(pc.and_(have_status(table, OK), table["key"].is_null())).as_py():
             raise ValueError("every row needs an id, and every usable image a key")
     if "id" in names and table["id"].null_count:
         raise ValueError("every row needs an id, and every usable image a key")
@@ -243,7 +254,7 @@ class SnapshotDifference:
 
     def with_all(self, now: pa.Table) -> SnapshotDifference:
         """The same with every usable image of ``now`` among ``fresh``, those that did not differ as relabelled."""
-        every = now["id"].filter(pc.equal(now["status"], OK)).combine_chunks()
+        every = now["id"].filter(have_status(now, OK)).combine_chunks()
         more = len(every) - len(self.fresh)
         return replace(self, fresh=every, counts={**self.counts, "relabelled": self.counts["relabelled"] + more})
 
@@ -255,7 +266,7 @@ def difference(now: pa.Table, then: pa.Table) -> SnapshotDifference:
         now: The later one.
         then: The earlier one, with the same columns.
     """
-    now, then = (table.filter(pc.equal(table["status"], OK)).combine_chunks() for table in (now, then))
+    now, then = (table.filter(have_status(table, OK)).combine_chunks() for table in (now, then))
     place = pc.index_in(now["id"], value_set=then["id"])
     old = then.take(place)
     new = place.is_null()
