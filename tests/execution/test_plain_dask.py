@@ -102,22 +102,27 @@ def test_a_worker_that_is_not_fit_fails_no_shard(dask_executor: DaskExecutor, tm
     assert dict(dask_executor.map(work, range(8), context=tmp_path)) == dict.fromkeys(range(8), "1")
 
 
-def test_workers_without_memory_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_without_memory_are_told_of_and_not_waited_for(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatch, "PAUSED_SECONDS", 1.0)
     monkeypatch.setattr(dispatch, "RETURN_SECONDS", 0.1)
     memory = {"distributed.worker.memory.pause": 0.001, "distributed.worker.memory.monitor-interval": "50ms"}
     with (
         dask.config.set(memory),
         in_this_process(1, memory_limit="4GiB") as cluster,
-        connect(cluster, say=lambda _: None) as executor,
+        connect(cluster, say=said.append) as executor,
     ):
         wait_for(lambda: {worker.status.name for worker in cluster.scheduler.workers.values()} == {"paused"})
         future = executor.client.submit(int, pure=False)
         assert not happens(future.done)
         begun = time.monotonic()
-        with pytest.raises(ClusterError, match="the first: cat; no worker has the memory"):
+        told = r"1 tasks are not done, the first: cat; no worker has the memory .* of its 4,096 MiB"
+        with pytest.raises(ClusterError, match=told):
             list(executor.map(lambda *_: None, ["cat"]))
         assert time.monotonic() - begun >= 2 * dispatch.PAUSED_SECONDS  # one that is full for a moment is no reason
+    assert said
+    assert [line for line in said if "takes no task until it has more free" in line] == said
 
 
 # How much at a time, and in which order
@@ -407,10 +412,13 @@ class Rendezvous:
 def test_gangs_do_not_wait_for_each_other_for_ever(
     dask_executor: DaskExecutor, cluster_address: str, tmp_path: Path
 ) -> None:
-    client = dask_executor.client
-    tasks = [client.submit(meets, tmp_path, name, pure=False) for name in ("one", "other", "one", "other")]
+    client, tasks = dask_executor.client, []
+    for name, worker in zip(("one", "other"), dask_executor.addresses(), strict=True):  # each has one of the workers
+        tasks.append(client.submit(meets, tmp_path, name, workers=[worker], pure=False))
+        wait_for(partial(marks, tmp_path, name))
+    tasks += [client.submit(meets, tmp_path, name, pure=False) for name in ("one", "other")]
     assert not happens(lambda: any(task.done() for task in tasks))
-    assert (marks(tmp_path, "one"), marks(tmp_path, "other")) == (1, 1)  # each has one of the two workers
+    assert (marks(tmp_path, "one"), marks(tmp_path, "other")) == (1, 1)
     (tmp_path / "release").touch()
     wait(tasks, timeout=SECONDS)
     (tmp_path / "release").unlink()
