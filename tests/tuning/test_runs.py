@@ -157,8 +157,8 @@ def test_where_scoring_takes_long_a_kill_within_it_costs_no_step(store, tmp_path
 def test_a_run_that_diverges_is_said_and_the_others_go_on(store, tmp_path, monkeypatch, capsys) -> None:
     whole = loop.TuningObjective.loss
 
-    def infinite_above_s2(self: Any, values: Any, rows: Any) -> Any:
-        return whole(self, values, rows) * (math.nan if diverging(values) else 1)
+    def infinite_above_s2(self: Any, *values: Any, **options: Any) -> Any:
+        return whole(self, *values, **options) * (math.nan if diverging(values) else 1)
 
     names: list[str] = []
     monkeypatch.setattr(loop.TuningObjective, "loss", infinite_above_s2)
