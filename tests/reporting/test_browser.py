@@ -575,7 +575,8 @@ def test_paper_has_every_plot_and_table_and_no_controls(browser, page):
     shown = "getComputedStyle(document.querySelector({!r})).display !== 'none'"
     assert not browser.run(shown.format("nav"))
     assert not browser.run(shown.format(".choice"))
-    assert browser.run("[...document.querySelectorAll('.panel')].every((p) => p.clientHeight > 230)")  # 6.2 cm, as style.css has it
+    tall = "[...document.querySelectorAll('.panel')].every((p) => p.clientHeight > 230)"  # 6.2 cm, as in style.css
+    assert browser.run(tall)
     assert browser.run("[...document.querySelectorAll('table, .record')].every((t) => t.clientHeight > 20)")
     browser.run("dispatchEvent(new Event('afterprint'))")
     assert browser.run("document.querySelectorAll('details[open]').length") == 0
