@@ -13,7 +13,7 @@ import numpy as np
 
 from featurepipe.display import counted, share, table
 from featurepipe.display import size as size_of
-from featurepipe.heads.statistics.comparison import EQUAL, AccuracyEstimate, cheapest_within_one_se
+from featurepipe.heads.statistics.comparison import AccuracyEstimate, cheapest_within_one_se, within_one_se
 from featurepipe.layer_depth import answers as of_layers
 from featurepipe.layer_depth.answers import SHIFTED, SOURCE
 from featurepipe.layer_depth.text import extraction_lines
@@ -204,11 +204,9 @@ def choices(
             _, best = cheapest_within_one_se(estimates, seconds, same=no_dearer)
             beside = {name: _beside(one, own[best], estimates[best]) for name, one in own.items()}
             chosen, _ = cheapest_within_one_se(beside, seconds, same=no_dearer)
-            top = beside[best]
-            near = {
-                name: seconds[name] for name, one in beside.items() if one.value >= top.value - (top.se or 0.0) - EQUAL
-            }
-            alike = tuple(name for name in near if name != chosen and near[name] <= no_dearer(min(near.values())))
+            near = within_one_se(beside, best)
+            longest = no_dearer(min(seconds[name] for name in near))
+            alike = tuple(name for name in near if name != chosen and seconds[name] <= longest)
             found.append(RouteChoice(size, own[chosen], own[best], estimates[chosen], estimates[best], alike))
     return found
 

@@ -232,8 +232,18 @@ def cheapest_within_one_se(
 
     top = max(one.value for one in estimates.values())
     best = cheapest([name for name, one in estimates.items() if one.value == top])
-    least = top - (estimates[best].se or 0.0) - EQUAL
-    return cheapest([name for name, one in estimates.items() if one.value >= least]), best
+    return cheapest(within_one_se(estimates, best)), best
+
+
+def within_one_se(estimates: Mapping[str, AccuracyEstimate], best: str) -> list[str]:
+    """Names of those whose accuracy is at most one standard error of the best's below it, the best among them.
+
+    Args:
+        estimates: Of each candidate.
+        best: The name of the best one.
+    """
+    least = estimates[best].value - (estimates[best].se or 0.0) - EQUAL
+    return [name for name, one in estimates.items() if one.value >= least]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
