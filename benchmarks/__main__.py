@@ -9,6 +9,7 @@ BENCHMARKS = (
     "bench_select",
     "bench_rerun",
     "bench_nightly",
+    "bench_scale",
     "bench_extract",
     "bench_decode",
     "bench_heads",

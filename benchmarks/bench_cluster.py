@@ -11,7 +11,7 @@ sockets of all processes (``benchmarks.counted``).
   same fit here, streamed. Dask ends a worker that takes more than its limit.
 - passes: over a part of the same features, with few and many classes, and over nothing.
 - model: what 100,000,000 images would take on GPU workers (``benchmarks.cluster_model``). What large listings and indices cost
-  is taken from the record of ``bench_nightly``.
+  is taken from the records of ``bench_nightly`` and ``bench_scale``.
 
 Traffic is told without what workers and scheduler say all the time (``idle``). That of whole extractions is told with it, and
 how much of it that is.
@@ -385,6 +385,8 @@ def costs_of(found: dict[str, Any], waiting: Traffic) -> Costs:
     product = (many["worker_cpu_s"] - few["worker_cpu_s"]) / (many["classes"] - few["classes"]) / values
     nightly = json.loads((record.RESULTS / "bench_nightly.json").read_text())
     rows, by_rows = str(nightly["rows"]), nightly["by_rows"]
+    scale = json.loads((record.RESULTS / "bench_scale.json").read_text())
+    first = {int(images): each["first"]["partitions"] for images, each in scale["sizes"].items()}
     return Costs(
         overhead=extraction["overhead_percent"] / 100,
         image_bytes=extraction["image_bytes"],
@@ -403,7 +405,9 @@ def costs_of(found: dict[str, Any], waiting: Traffic) -> Costs:
         order_bytes=passing["empty_bytes"] / WORKERS,
         passes=fit["passes"],
         view_bytes=fit["client_bytes_per_row"],
-        listing_bytes=nightly["night_bytes_per_row"] + handing_out["closing_bytes_per_image"],
+        client_bytes=1e6 * first[max(first)]["anonymous_peak_mb"],
+        listing_bytes=scale["bytes_per_image"]["partitions"]["first_anonymous"],
+        listed=max(first),
         listing_seconds=by_rows["night"][rows]["seconds"] / nightly["rows"],
         index_bytes=nightly["index_bytes_per_row"],
         index_seconds=by_rows["index"][rows]["seconds"] / nightly["rows"],

@@ -36,12 +36,13 @@ WHERE_WORK_RUNS = (  # the modules that decide where work runs, run it elsewhere
 TARGETS = {"files": 240, "where work runs: lines": 3600, "where work runs: files": 16, "files entered by one image": 40,
            "circular imports": 0, "class names of several meanings": 4, "lines": 40_000}  # fmt: skip
 TEXTS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
-LIMITS = {"files": 290, "files per 1,000 lines": 3.6, "where work runs: lines": 4820, "where work runs: files": 15,
-          "files entered by one image": 56, "circular imports": 0, "class names of several meanings": 0}  # fmt: skip
+LIMITS = {"files": 291, "files per 1,000 lines": 3.6, "where work runs: lines": 4820, "where work runs: files": 15,
+          "files entered by one image": 57, "circular imports": 0, "class names of several meanings": 0}  # fmt: skip
 """What CI holds to; why some lie above their targets, and which bounds are better: docs/decisions/structure-targets.md. A command
 that comes raises the files by what it adds, and so did the joint second derivative of heads (`heads/linear/joint.py`), for which
 `losses.py` is too long; `features_at` came from `prediction` to the executors, as more commands use it (24 lines);
-the phases of depth and routes (`layer_depth/phases.py`) are one idea of both; everything else only goes down."""
+the phases of depth and routes (`layer_depth/phases.py`) are one idea of both; listing, plan, ledger and snapshot share how large
+tables lie in files (`partitions.py`), which every image enters; everything else only goes down."""
 
 
 def modules() -> list[Path]:

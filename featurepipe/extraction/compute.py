@@ -35,6 +35,7 @@ from featurepipe.features.reading import GONE, PatientReader
 from featurepipe.features.session import Session, check_travels
 from featurepipe.features.stream import Batches, Sink
 from featurepipe.images import Source
+from featurepipe.partitions import take
 from featurepipe.progress import Progress
 from featurepipe.records import bottleneck
 from featurepipe.store import FeatureStore, PartWriter, Space
@@ -366,7 +367,7 @@ def store_sink(listing: pa.Table, writer: PartWriter) -> Sink:
     listed = listing.select(FACTS)
 
     def add(images: list[Loaded], features: dict[str, np.ndarray]) -> None:
-        facts = listed.take(pa.array([image.row for image in images]))
+        facts = take(listed, np.array([image.row for image in images], np.int64))
         keys = np.frombuffer(b"".join(image.key or b"" for image in images), dtype=np.uint8).reshape(len(images), -1)
         writer.add(keys, facts["id"].to_pylist(), facts["size"].to_numpy(), facts["mtime_ns"].to_numpy(), features)
 
@@ -447,7 +448,7 @@ def _context(job: ExtractionSpec, run_id: str, here: ShardWork | None) -> Extrac
         check_travels(job.source)
         locators = job.plan.listing["locator"]
         places = np.unique(np.linspace(0, len(locators) - 1, PROBES).astype(int))
-        probes = tuple(locators.take(pa.array(places)).to_pylist())
+        probes = tuple(take(locators, places).to_pylist())
     return ExtractionContext(
         session=job.session,
         source=job.source,

@@ -22,6 +22,7 @@ from featurepipe.features.options import AUTO, REJECT, Places, places
 from featurepipe.features.reading import opened
 from featurepipe.features.session import Sample, SampleContext, sample_rate
 from featurepipe.interrupt import StopRequest, stopping
+from featurepipe.partitions import partitions, spilling
 from featurepipe.progress import announcer, show
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
@@ -169,10 +170,12 @@ def extract(
         settle = partial(prepare, dataset=dataset, options=options, say=say)
         if dry_run:
             executor.check()
-            job = settle(found, existing_store(store), dry_run=True, executor=executor)
-            return estimate(job, TIMED_SAMPLE, executor).as_dict()
+            held = existing_store(store)
+            with spilling(Path(str(store)) if held is None else held.path):
+                job = settle(found, held, dry_run=True, executor=executor)
+                return estimate(job, TIMED_SAMPLE, executor).as_dict()
         target = store if isinstance(store, FeatureStore) else FeatureStore(store)
-        with target.lock(shared=True), stops as asked:
+        with target.lock(shared=True), spilling(target.path), stops as asked:
             floor = options.floor(target.path)
             floor.check()
             with asked.at_once(before="the first image"):
@@ -296,8 +299,11 @@ def _lacking(job: ExtractionSpec, column: Column) -> int:
     todo = job.plan.todo
     if job.space is None:
         return len(todo)
-    keys = job.plan.keys[todo][job.plan.has_key[todo]]
-    return len(todo) - int(job.space.index([str(column)]).contains(keys).sum())
+    index, held = job.space.index([str(column)]), 0
+    for part in partitions(len(todo)):
+        known = todo[part][job.plan.has_key[todo[part]]]
+        held += int(index.contains(job.plan.keys[known]).sum())
+    return len(todo) - held
 
 
 def _bytes_per_image(job: ExtractionSpec, column: Column) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -17,8 +17,9 @@ from featurepipe.extraction.plan import KeySet, MissingColumns, Plan
 from featurepipe.extraction.shards import COMPUTED, UNTOUCHED, Shard, ShardResult, ShardRun
 from featurepipe.features.loader import Loaded, StageSeconds
 from featurepipe.features.stream import Batches
+from featurepipe.partitions import Codes, Rows, bucket_count, bucketed, copied, partitions, zeros
 from featurepipe.store import Space
-from featurepipe.store.keys import KEY_BYTES, KeyIndex
+from featurepipe.store.keys import KEY_BYTES, KeyIndex, prefixes_of
 from featurepipe.store.parts import PartInfo
 
 FACTS = ["id", "size", "mtime_ns"]
@@ -70,11 +71,15 @@ class ExtractionLedger:
     @classmethod
     def of(cls, plan: Plan, missing: MissingColumns) -> Self:
         """The ledger of work that has not begun: what is known and what was rejected before is settled."""
-        ledger = cls(plan.keys.copy(), plan.has_key.copy(), known=plan.known)
+        ledger = cls(copied(plan.keys), copied(plan.has_key), known=plan.known)
         ledger.reasons = {int(row): missing.reasons[plan.keys[row].tobytes()] for row in plan.rejected}
-        settled = plan.has_key & KeySet(missing.damaged).contains(plan.keys)
-        settled[plan.todo] = False
-        ledger.damage = {int(row): missing.damaged[plan.keys[row].tobytes()] for row in np.flatnonzero(settled)}
+        damaged = KeySet(missing.damaged)
+        for part in partitions(len(plan.keys)) if missing.damaged else ():
+            settled = plan.has_key[part] & damaged.contains(plan.keys[part])
+            first, last = np.searchsorted(plan.todo, [part.start, part.stop])
+            settled[plan.todo[first:last] - part.start] = False
+            rows = np.flatnonzero(settled) + part.start
+            ledger.damage |= {int(row): missing.damaged[plan.keys[row].tobytes()] for row in rows}
         return ledger
 
     @property
@@ -200,7 +205,7 @@ class ShardLedger:
 
     def __init__(self, plan: Plan, ledger: ExtractionLedger, clock: StageSeconds) -> None:
         self._plan, self._ledger, self._clock = plan, ledger, clock
-        self._kind = np.zeros(len(ledger.keys), np.uint16)
+        self._kind = zeros((len(ledger.keys),), np.uint16)
         self._kinds: dict[tuple[str, ...], int] = {}
         self.error: FeaturepipeError | None = None
         self.workers: dict[tuple[str, str, int], WorkerTotals] = {}
@@ -228,24 +233,28 @@ class ShardLedger:
 
     def close(self) -> None:
         """Counts what was computed, each key once; everything else that could be read was known, or a copy of it."""
-        ledger = self._ledger
-        rows = np.flatnonzero(self._kind)
-        keys = np.ascontiguousarray(ledger.keys[rows]).view(f"S{KEY_BYTES}").ravel()
-        first = rows[np.unique(keys, return_index=True)[1]]
-        ledger.computed = len(first)
-        ledger.known = self._plan.known + self._usable() - len(first)
-        ledger.copies = self._copies(keys, len(rows)) - len(first)
+        ledger, todo = self._ledger, self._plan.todo
+        ledger.computed = ledger.copies = 0
+        counts = np.zeros(len(self._kinds) + 1, np.int64)
+        for rows, _ in bucketed(self._keyed(), len(todo), bucket_count(len(todo))):
+            made = self._kind[rows] > 0
+            computed = rows[made]
+            keys = np.ascontiguousarray(ledger.keys[rows]).view(f"S{KEY_BYTES}").ravel()
+            first = computed[np.unique(keys[made], return_index=True)[1]]
+            ledger.computed += len(first)
+            ledger.copies += len(computed) - len(first) + int(np.isin(keys[~made], keys[made]).sum())
+            counts += np.bincount(self._kind[first], minlength=len(counts))
+        ledger.known = self._plan.known + self._usable() - ledger.computed
         for kind, code in self._kinds.items():
-            ledger.columns.update(dict.fromkeys(kind, int((self._kind[first] == code).sum())))
+            ledger.columns.update(dict.fromkeys(kind, int(counts[code])))
 
-    def _copies(self, computed: npt.NDArray[Any], count: int) -> int:
-        """How many rows have one of the keys that were computed: ``count`` ones themselves, and those a worker saw as copies."""
-        ledger = self._ledger
-        others = self._plan.todo[(self._kind[self._plan.todo] == 0) & ledger.has_key[self._plan.todo]]
-        if not len(others) or not count:
-            return count
-        keys = np.ascontiguousarray(ledger.keys[others]).view(f"S{KEY_BYTES}").ravel()
-        return count + int(np.isin(keys, computed).sum())
+    def _keyed(self) -> Iterator[tuple[Rows, Codes]]:
+        """The rows that were computed, or are copies as a worker saw them, and what their keys begin with."""
+        todo, ledger = self._plan.todo, self._ledger
+        for part in partitions(len(todo)):
+            rows = todo[part]
+            rows = rows[(self._kind[rows] > 0) | ledger.has_key[rows]]
+            yield rows, prefixes_of(ledger.keys[rows])
 
     def _usable(self) -> int:
         """Rows that workers have worked on and not rejected."""

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +32,22 @@ from featurepipe.backbones import Column
 from featurepipe.errors import ForgottenBytes, Reject
 from featurepipe.features.options import RejectOptions
 from featurepipe.images.decode import is_outdated, is_repaired
+from featurepipe.partitions import (
+    Codes,
+    bucket_count,
+    bucketed,
+    filtered,
+    flatnonzero,
+    index_in,
+    is_large,
+    part_of,
+    partitions,
+    take,
+    zeros,
+)
 from featurepipe.store import Space
 from featurepipe.store.forgotten import FILE, REASON, Forgotten
-from featurepipe.store.keys import KEY_BYTES, KeyIndex, keys_from_arrow
+from featurepipe.store.keys import KEY_BYTES, KeyIndex, keys_from_arrow, keys_to_arrow, prefixes_of
 from featurepipe.store.parts import PartInfo
 from featurepipe.store.snapshots import OK
 
@@ -102,34 +115,34 @@ def make_plan(listing: pa.Table, known_files: pa.Table, have: Keys, rejected: Ke
         rejected: the keys that were rejected.
     """
     keys, has_key = _keys_of_unchanged(listing, known_files)
-    done = np.zeros(len(keys), dtype=bool)
-    refused = np.zeros(len(keys), dtype=bool)
-    done[has_key] = have.contains(keys[has_key])
-    refused[has_key] = rejected.contains(keys[has_key])
-    refused &= ~done
-    return Plan(listing, keys, has_key, np.flatnonzero(~done & ~refused), np.flatnonzero(refused))
+    todo = zeros((len(keys),), np.bool_)
+    refused = zeros((len(keys),), np.bool_)
+    for part in partitions(len(keys)):
+        known = np.flatnonzero(has_key[part])
+        mine = keys[part][known]
+        done = have.contains(mine)
+        refused[part][known] = rejected.contains(mine) & ~done
+        todo[part] = ~refused[part]
+        todo[part][known[done]] = False
+    return Plan(listing, keys, has_key, flatnonzero(todo), flatnonzero(refused))
 
 
 def _keys_of_unchanged(listing: pa.Table, known_files: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    keys = np.zeros((listing.num_rows, KEY_BYTES), dtype=np.uint8)
-    has_key = np.zeros(listing.num_rows, dtype=bool)
+    keys = zeros((listing.num_rows, KEY_BYTES), np.uint8)
+    has_key = zeros((listing.num_rows,), np.bool_)
     if not listing.num_rows or not known_files.num_rows:
         return keys, has_key
-    rows = _rows_of(known_files["id"], listing["id"])
-    same = rows >= 0
-    for name in ("size", "mtime_ns"):
-        then, now = known_files[name].to_numpy(), listing[name].to_numpy()
-        same &= (then == now[rows]) & (then >= 0)  # a source that cannot tell sizes or times cannot tell "unchanged"
-    keys[rows[same]] = keys_from_arrow(known_files["key"])[same]  # of two notes on one file the later is written last
-    has_key[rows[same]] = True
+    places = index_in(known_files["id"], listing["id"])
+    for part in partitions(len(places)):
+        listed = np.flatnonzero(places[part] >= 0)
+        rows, files = places[part][listed], take(part_of(known_files, part), listed)
+        same = np.ones(len(rows), np.bool_)
+        for name in ("size", "mtime_ns"):
+            then, now = files[name].to_numpy(), take(listing[name], rows).to_numpy()
+            same &= (then == now) & (then >= 0)  # a source that cannot tell sizes or times cannot tell "unchanged"
+        keys[rows[same]] = keys_from_arrow(files["key"])[same]  # of two notes on one file the later is written last
+        has_key[rows[same]] = True
     return keys, has_key
-
-
-def _rows_of(ids: pa.ChunkedArray, listed: pa.ChunkedArray) -> np.ndarray:
-    """The row of each id among those listed, or -1: int64, as long as ``ids``."""
-    if ids.equals(listed):  # nearly every night of a large pile
-        return np.arange(len(ids))
-    return np.asarray(pc.fill_null(pc.index_in(ids, value_set=listed), -1).to_numpy(), np.int64)
 
 
 _BY_DEFAULT = RejectOptions()
@@ -259,8 +272,10 @@ def count_changes(last: pa.Table | None, new: pa.Table) -> dict[str, int]:
     Returns:
         A count for each of ``KINDS`` and for ``deleted``; all but ``deleted`` add up to the rows of ``new``.
     """
-    counts = np.bincount(kinds_of(last, new), minlength=len(KINDS)).tolist()
-    by_name = dict(zip(KINDS, counts, strict=True))
+    kinds, counts = kinds_of(last, new), np.zeros(len(KINDS), np.int64)
+    for part in partitions(len(kinds)):
+        counts += np.bincount(kinds[part], minlength=len(KINDS))
+    by_name = dict(zip(KINDS, counts.tolist(), strict=True))
     appeared = by_name["new"] + by_name["copied"] + by_name["new_rejected"]
     by_name[DELETED] = (0 if last is None else last.num_rows) + appeared - new.num_rows
     return by_name
@@ -269,16 +284,17 @@ def count_changes(last: pa.Table | None, new: pa.Table) -> dict[str, int]:
 def kinds_of(last: pa.Table | None, new: pa.Table) -> npt.NDArray[np.int8]:
     """Says of each row of ``new`` what it is, as its place in ``KINDS``: int8 (rows,). Arguments as `count_changes`."""
     last = new.slice(0, 0) if last is None else last
-    before = _rows_before(last, new)
-    kinds = np.zeros(new.num_rows, np.int8)
-    known = np.flatnonzero(before >= 0)
-    kinds[known] = _kinds_of_known(_rows(last, before[known]), _rows(new, known))
-    fresh = np.flatnonzero(before < 0)
-    rejected = ~_usable(_rows(new, fresh))
-    kinds[fresh[rejected]] = KINDS.index("new_rejected")
-    fresh = fresh[~rejected]
-    if len(fresh):
-        kinds[fresh] = _kinds_of_fresh(last, new, before, fresh)
+    before, kinds = index_in(new["id"], last["id"]), zeros((new.num_rows,), np.int8)
+    are_new = zeros((new.num_rows,), np.bool_)
+    for part in partitions(new.num_rows):
+        now = part_of(new.select(_JUDGED), part)
+        known = np.flatnonzero(before[part] >= 0)
+        kinds[part][known] = _kinds_of_known(_rows(last, before[part][known]), _rows(now, known))
+        rejected = (before[part] < 0) & ~_usable(now)
+        kinds[part][rejected] = KINDS.index("new_rejected")
+        are_new[part] = (before[part] < 0) & ~rejected
+    if are_new.any():
+        _judge_fresh(kinds, last["key"], new["key"], before, are_new)
     return kinds
 
 
@@ -291,7 +307,9 @@ def still_rejected(last: pa.Table | None, new: pa.Table) -> set[str]:
     """
     if last is None:
         return set()
-    before, now = (table.select(["id", "key"]).filter(pa.array(~_usable(table))) for table in (last, new))
+    before, now = (
+        filtered(table.select(["id", "key", "status"]), lambda rows: pa.array(~_usable(rows))) for table in (last, new)
+    )
     pairs = [set(zip(each["id"].to_pylist(), each["key"].to_pylist(), strict=True)) for each in (before, now)]
     return {id_ for id_, _ in pairs[0] & pairs[1]}
 
@@ -300,15 +318,7 @@ def _rows(table: pa.Table, rows: _Rows) -> pa.Table:
     """Some rows of what is judged; the table itself where those are all of them, in their order."""
     judged = table.select(_JUDGED)
     is_all = len(rows) == table.num_rows and np.array_equal(rows, np.arange(len(rows)))
-    return judged if is_all else judged.take(pa.array(rows))
-
-
-def _rows_before(last: pa.Table, new: pa.Table) -> _Rows:
-    """The row of each of ``new``'s ids in ``last``, or -1."""
-    if last["id"].equals(new["id"]):  # nearly every night of a large pile
-        return np.arange(new.num_rows)
-    found = pc.index_in(new["id"], value_set=last["id"])
-    return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)
+    return judged if is_all else take(judged, rows)
 
 
 def _kinds_of_known(then: pa.Table, now: pa.Table) -> npt.NDArray[np.int8]:
@@ -328,40 +338,66 @@ def _kinds_of_known(then: pa.Table, now: pa.Table) -> npt.NDArray[np.int8]:
     ).astype(np.int8)
 
 
-def _kinds_of_fresh(last: pa.Table, new: pa.Table, before: _Rows, fresh: _Rows) -> npt.NDArray[np.int8]:
-    """Kinds of usable images under new ids: ``fresh`` are their rows, ``before`` is of all rows of ``new``."""
-    keys = _numbered(last["key"], new["key"])
-    stays = np.zeros(last.num_rows, np.bool_)
-    stays[before[before >= 0]] = True
-    elsewhere = np.zeros(keys.different, np.bool_)
-    elsewhere[_present(keys.last[stays])] = True
-    elsewhere[_present(keys.new[before >= 0])] = True
-    gone = np.bincount(_present(keys.last[~stays]), minlength=keys.different)
-    mine = keys.new[fresh]
+def _judge_fresh(
+    kinds: npt.NDArray[np.int8], last: pa.ChunkedArray, new: pa.ChunkedArray, before: _Rows, are_new: _Mask
+) -> None:
+    """Enters the kinds of usable images under new ids.
+
+    Equal keys are looked at together: all at once, or if there are many, one range of keys after the other.
+
+    Args:
+        kinds: int8, of all rows of ``new``.
+        last: keys of the last snapshot.
+        new: keys of the snapshot of now.
+        before: the row of each row of ``new`` in ``last``, or -1.
+        are_new: which rows of ``new`` are meant.
+    """
+    stays = zeros((len(last),), np.bool_)
+    for part in partitions(len(before)):
+        stays[before[part][before[part] >= 0]] = True
+    fresh = flatnonzero(are_new)
+    wanted = None if is_large(len(fresh)) else take(new, fresh)
+    buckets = bucket_count(max(len(last), len(new))) if wanted is None else 1
+    sides = (bucketed(_keyed(keys, wanted), len(keys), buckets) for keys in (last, new))
+    for (then, _), (now, _) in zip(*sides, strict=True):
+        mine, known = now[are_new[now]], now[before[now] >= 0]
+        kinds[mine] = _kinds_of_fresh(_keys(last, then), stays[then], _keys(new, known), _keys(new, mine))
+
+
+def _keyed(keys: pa.ChunkedArray, wanted: pa.ChunkedArray | None) -> Iterator[tuple[_Rows, Codes]]:
+    """The rows that have a key, or one of those wanted, and what their keys begin with."""
+    for part in partitions(len(keys)):
+        some = part_of(keys, part)
+        mask = some.is_valid() if wanted is None else pc.and_(some.is_valid(), pc.is_in(some, value_set=wanted))
+        yield np.flatnonzero(mask) + part.start, prefixes_of(keys_from_arrow(some.filter(mask)))
+
+
+def _keys(keys: pa.ChunkedArray, rows: _Rows) -> np.ndarray:
+    return keys_from_arrow(take(keys, rows))
+
+
+def _kinds_of_fresh(last: np.ndarray, stays: _Mask, known: np.ndarray, fresh: np.ndarray) -> npt.NDArray[np.int8]:
+    """Kinds of usable images under new ids, from keys (n, 32).
+
+    Args:
+        last: of the last snapshot.
+        stays: which of those are of ids that are listed now, too.
+        known: of images under ids that the last snapshot lists.
+        fresh: of those under new ids, in their order.
+    """
+    codes = keys_to_arrow(np.concatenate([last, known, fresh])).dictionary_encode()
+    numbers = codes.indices.to_numpy().astype(np.int64)
+    then, now, mine = np.split(numbers, [len(last), len(last) + len(known)])
+    elsewhere = np.zeros(len(codes.dictionary), np.bool_)
+    elsewhere[then[stays]] = True
+    elsewhere[now] = True
+    gone = np.bincount(then[~stays], minlength=len(codes.dictionary))
     place = _occurrence(mine)
     return np.select(
         [place < gone[mine], elsewhere[mine], (place == 0) & (gone[mine] == 0)],
         [KINDS.index(name) for name in ("moved", "copied", "new")],
         KINDS.index("copied"),
     ).astype(np.int8)
-
-
-class _Numbered(NamedTuple):
-    """The keys of two snapshots as small numbers: equal keys have equal numbers, rows without a key -1."""
-
-    last: _Rows
-    new: _Rows
-    different: int
-
-
-def _numbered(last: pa.ChunkedArray, new: pa.ChunkedArray) -> _Numbered:
-    codes = pa.chunked_array([*last.chunks, *new.chunks], new.type).combine_chunks().dictionary_encode()
-    numbers = pc.fill_null(codes.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    return _Numbered(numbers[: len(last)], numbers[len(last) :], len(codes.dictionary))
-
-
-def _present(numbers: _Rows) -> _Rows:
-    return numbers[numbers >= 0]
 
 
 def _occurrence(values: _Rows) -> _Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -34,6 +34,7 @@ from featurepipe.features.settings import AS_IN_STORE, ASKED_FOR, SETTINGS, Held
 from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
 from featurepipe.images.listing import SCHEMA, UNKNOWN, ListingSummary, is_image_name, is_told, unreadable_folders
+from featurepipe.partitions import filtered, gathered, index_in, part_of, partitions, stored, take
 from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.choice import MIRRORED, is_mirrored
 from featurepipe.store.documents import checked_dataset
@@ -93,19 +94,20 @@ class History:
 
         They are not gone: reading them gives the reason why the folder cannot be read, so that they are rejects.
         """
-        folders = set(unreadable_folders(listing))
+        folders = unreadable_folders(listing)
         if self.snapshot is None or not folders:
             return listing
-        places = dict(zip(listing["id"].to_pylist(), range(listing.num_rows), strict=True))
-        rows = [
-            {"id": id_, "label": label, "split": split, "size": UNKNOWN, "mtime_ns": UNKNOWN, "locator": locators}
-            for id_, label, split in zip(*(self.snapshot[n].to_pylist() for n in ("id", "label", "split")), strict=True)
-            if id_ not in places
-            and (folder := next((each for each in _folders_of(id_) if each in folders), None)) is not None
-            for locators in [listing["locator"][places[folder]].as_py()]
-        ]
-        more = pa.Table.from_pylist(rows, schema=SCHEMA)
-        return pa.concat_tables([listing, more], promote_options="default").combine_chunks()
+        places = index_in(pa.chunked_array([pa.array(folders, pa.string())]), listing["id"])
+        locators = dict(zip(folders, take(listing["locator"], places).to_pylist(), strict=True))
+
+        def lie_there(rows: pa.Table) -> pa.Array:
+            return pa.array([_folder_among(id_, locators) is not None for id_ in rows["id"].to_pylist()], pa.bool_())
+
+        there = filtered(self.snapshot.select(["id", "label", "split"]), lie_there)
+        lost = filtered(there, index_in(there["id"], listing["id"]) < 0)
+        pieces = (_unread(part_of(lost, part), locators) for part in partitions(lost.num_rows))
+        more = stored((batch for piece in pieces for batch in piece.to_batches()), SCHEMA)
+        return gathered(pa.concat_tables([listing, more], promote_options="default"))
 
     def without_folders(self, listing: pa.Table) -> Self:
         """The same without the folders that could not be read then and now can be: their entries are no images that went."""
@@ -113,20 +115,27 @@ class History:
             return self
         ids = self.snapshot["id"]
         unread = ids.filter(self.snapshot["key"].is_null())
-        lost = unread.filter(pc.invert(pc.is_in(unread, listing["id"]))).to_pylist()
+        lost = unread.filter(pa.array(index_in(unread, listing["id"]) < 0)).to_pylist()
         doubtful = {id_ for id_ in lost if not is_image_name(id_)}
         if not doubtful:
             return self
-        listed = (id_ for column in (ids, listing["id"]) for id_ in column.to_pylist())
+        listed = (
+            id_
+            for column in (ids, listing["id"])
+            for part in partitions(len(column))
+            for id_ in part_of(column, part).to_pylist()
+        )
         folders = {folder for id_ in listed for folder in _folders_of(id_) if folder in doubtful}
-        is_folder = pc.is_in(ids, pa.array(sorted(folders), pa.string()))
-        return replace(self, snapshot=self.snapshot.filter(pc.invert(is_folder)))
+        values = pa.array(sorted(folders), pa.string())
+        images = filtered(self.snapshot, lambda rows: pc.invert(pc.is_in(rows["id"], values)))
+        return replace(self, snapshot=images)
 
     def gone(self, listing: pa.Table) -> int:
         """How many ids of the last snapshot a listing lacks."""
         if self.snapshot is None or self.snapshot["id"].equals(listing["id"]):
             return 0
-        return self.images - int(pc.sum(pc.is_in(self.snapshot["id"], listing["id"])).as_py() or 0)
+        places = index_in(self.snapshot["id"], listing["id"])
+        return sum(int(np.count_nonzero(places[part] < 0)) for part in partitions(len(places)))
 
     def losses(self, listing: pa.Table) -> Losses:
         """What a listing lacks of the last snapshot."""
@@ -226,14 +235,14 @@ def prepare(
     backbone = loaded.backbone if loaded else load_backbone(options.backbone, options.weights, seed=options.seed)
     clock, forgotten = StageSeconds(), 0
     with clock.stage("scan"):
-        listing = source.scan().combine_chunks()  # taking rows from many chunks costs the more, the more there are
+        listing = gathered(source.scan())  # taking rows from many chunks costs the more, the more there are
     past = None if store is None or not is_listing else forgotten_of(store.path)
     if past is not None:
         there = past.left_out(name, listing)
         forgotten = listing.num_rows - there.num_rows
         if forgotten:
             say(f"{counted(forgotten, 'image')} of the source left out: forgotten (featurepipe forget)")
-            listing = there.combine_chunks()
+            listing = gathered(there)
     summary = ListingSummary.of(listing)
     if not is_told(listing):
         for line in summary.lines(name):
@@ -430,7 +439,7 @@ def _plan(
     plan = make_plan(listing, known, missing, rejected)
     if space is None or plan.has_key.all() or not history.is_only_of(location):
         return plan
-    ids = listing["id"].filter(pa.array(~plan.has_key))
+    ids = filtered(listing.select(["id"]), ~plan.has_key)["id"]
     files = space.known_files(dataset=dataset, ids=ids, since=_since(space, dataset, len(ids), history))
     return make_plan(listing, pa.concat_tables([_with_key(files), known]), missing, rejected)
 
@@ -447,7 +456,9 @@ def _since(space: Space, dataset: str, unexplained: int, history: History) -> st
 
 def _with_key(files: pa.Table) -> pa.Table:
     files = files.select(KNOWN_FILES.names)
-    return files.filter(files["key"].is_valid()).cast(KNOWN_FILES)
+    return (filtered(files, lambda rows: rows["key"].is_valid()) if files["key"].null_count else files).cast(
+        KNOWN_FILES
+    )
 
 
 def _why_new(spaces: Sequence[Space], fields: Mapping[str, Any], backbone: Backbone) -> str:
@@ -473,6 +484,19 @@ def space_notes(backbone: Backbone, settings: Settings) -> dict[str, Any]:
         "aliases": {"bottleneck": backbone.bottleneck},
         "resolved": dict(settings.why),
     }
+
+
+def _folder_among(id_: str, folders: Collection[str]) -> str | None:
+    """The outermost of some folders that an image lies in, if there is one."""
+    return next((each for each in _folders_of(id_) if each in folders), None)
+
+
+def _unread(rows: pa.Table, locators: Mapping[str, bytes]) -> pa.Table:
+    """Images of a snapshot as a listing has them if their folder, whose locator is given, cannot be read."""
+    ids = rows["id"].to_pylist()
+    more = pa.array([locators[_folder_among(id_, locators) or ""] for id_ in ids], pa.binary())
+    unknown = pa.array(np.full(len(ids), UNKNOWN, np.int64))
+    return pa.table([rows["id"], rows["label"], rows["split"], unknown, unknown, more], schema=SCHEMA)
 
 
 def _folders_of(id_: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,6 +23,7 @@ from featurepipe.images import Source
 from featurepipe.images.regions import CLIPPED
 from featurepipe.interrupt import StopRequest
 from featurepipe.option_groups import as_asked
+from featurepipe.partitions import Rows, filtered, is_large, part_of, partitions, stored
 from featurepipe.store import FeatureStore
 from featurepipe.store.documents import PUBLISHING
 from featurepipe.store.keys import KEY_BYTES
@@ -236,26 +238,42 @@ def named(ids: pa.ChunkedArray, reasons: Mapping[int, str]) -> list[dict[str, st
 def _new_rejects(job: ExtractionSpec, ledger: ExtractionLedger) -> list[dict[str, str]]:
     """Those that the last snapshot does not have as rejected."""
     last = job.history.snapshot
-    before = set() if last is None else set(last.filter(pc.not_equal(last["status"], OK))["id"].to_pylist())
+    rejected = (
+        None if last is None else filtered(last.select(["id", "status"]), lambda rows: pc.not_equal(rows["status"], OK))
+    )
+    before = set() if rejected is None else set(rejected["id"].to_pylist())
     return [reject for reject in _rejects(job, ledger) if reject["id"] not in before]
+
+
+_LISTED = ("id", "label", "split", "size", "mtime_ns")
 
 
 def snapshot_table(listing: pa.Table, ledger: ExtractionLedger) -> pa.Table:
     """The listing with each image's key, status and reason; the locator stays behind."""
-    count = listing.num_rows
-    key_data = pa.py_buffer(ledger.keys)
-    keys = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(KEY_BYTES), count, [pa.array(ledger.has_key).buffers()[1], key_data]
-    )
+    further = [name for name in listing.column_names if name.startswith(KEPT_COLUMN)]
+    listed = listing.select([*_LISTED, *further]).replace_schema_metadata(None)
+    rejected = np.array(sorted(ledger.reasons), np.int64)
+    if not is_large(listing.num_rows):
+        return _of_part(listed, ledger, slice(0, listing.num_rows), rejected)
+    pieces = (_of_part(part_of(listed, part), ledger, part, rejected) for part in partitions(listing.num_rows))
+    schema = _of_part(listed.slice(0, 0), ledger, slice(0, 0), rejected).schema
+    return stored((batch for piece in pieces for batch in piece.to_batches()), schema)
+
+
+def _of_part(listed: pa.Table, ledger: ExtractionLedger, part: slice, rejected: Rows) -> pa.Table:
+    """A partition of the snapshot; ``listed`` is that of the listing, ``rejected`` are the rows of all rejects."""
+    count = listed.num_rows
+    has_key = pa.array(ledger.has_key[part]).buffers()[1]
+    keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), count, [has_key, pa.py_buffer(ledger.keys[part])])
     reasons: list[str | None] = [None] * count
-    for row, reason in ledger.reasons.items():
-        reasons[row] = reason
+    for row in rejected[slice(*np.searchsorted(rejected, [part.start, part.stop]))].tolist():
+        reasons[row - part.start] = ledger.reasons[row]
     reason_column = pa.array(reasons, pa.string())
     status = pa.DictionaryArray.from_arrays(reason_column.is_valid().cast(pa.int8()), ["ok", "rejected"]).cast(
         pa.string()
     )
-    columns = {name: listing[name] for name in ("id", "label", "split", "size", "mtime_ns")}
-    further = {name: listing[name] for name in listing.column_names if name.startswith(KEPT_COLUMN)}
+    columns = {name: listed[name] for name in _LISTED}
+    further = {name: listed[name] for name in listed.column_names[len(_LISTED) :]}
     return pa.table({**columns, "key": keys, "status": status, "reason": reason_column, **further})
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError
 from featurepipe.images.regions import LARGEST_TASK, is_of_one_image
+from featurepipe.partitions import take
 
 if TYPE_CHECKING:  # a worker that has little memory, and the scheduler, read shards without loading PyTorch
     from featurepipe.execution.executor import Worker
@@ -191,8 +192,8 @@ def cut(listing: pa.Table, todo: np.ndarray, sizes: ShardSizes, workers: Iterato
     start = number = 0
     while start < len(todo):
         count = sizes.next(len(todo) - start, next(workers))
-        count += _of_last_image(listed["locator"].take(pa.array(todo[start + count - 1 :][: LARGEST_TASK + 1])))
-        yield Shard.of(number, start, listed.take(pa.array(todo[start : start + count])))
+        count += _of_last_image(take(listed["locator"], todo[start + count - 1 :][: LARGEST_TASK + 1]))
+        yield Shard.of(number, start, take(listed, todo[start : start + count]))
         start, number = start + count, number + 1
 
 

@@ -38,6 +38,7 @@ from featurepipe.images.regions import (
     split_frame,
     split_region,
 )
+from featurepipe.partitions import take
 from featurepipe.threads import GivenUp, LoadingThreads
 
 
@@ -433,7 +434,7 @@ def _tasks(listed: pa.Table, rows: np.ndarray) -> Iterator[LoadTask]:
     """Tasks of some rows each, made when they are asked for; regions of one image stay together up to the largest task."""
     first, images = 0, list[tuple[bytes, int]]()
     for start in range(0, len(rows), _TAKEN_ROWS):
-        taken = listed.take(pa.array(rows[start : start + _TAKEN_ROWS]))
+        taken = take(listed, rows[start : start + _TAKEN_ROWS])
         for image in zip(*(column.to_pylist() for column in taken.columns), strict=True):
             is_full = len(images) >= TASK_IMAGES
             if is_full and (len(images) >= LARGEST_TASK or not is_of_one_image(images[-1][0], image[0])):

@@ -39,6 +39,7 @@ from featurepipe.images.decode import DECODING, try_decode
 from featurepipe.images.intensity import parse_intensity
 from featurepipe.images.regions import Region, image_of
 from featurepipe.images.scaling import ROUTES, Scaling
+from featurepipe.partitions import take
 from featurepipe.store import differences
 from featurepipe.store.space import canonical_json
 
@@ -267,7 +268,7 @@ class Sample:
 
     def __reduce__(self) -> tuple[Any, ...]:
         chosen = self.rows[: 4 * self.images]
-        taken = self.listing.select(["id", "size", "mtime_ns", "locator"]).take(pa.array(chosen))
+        taken = take(self.listing.select(["id", "size", "mtime_ns", "locator"]), chosen)
         return Sample, (taken, np.arange(len(chosen)), self.images)
 
 

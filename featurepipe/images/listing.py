@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Final, Self
@@ -18,6 +18,7 @@ from featurepipe.display import counted, first_names
 from featurepipe.errors import SourceError
 from featurepipe.images.dicom import DICOM_STEP, DICOM_SUFFIXES, has_pydicom
 from featurepipe.images.heif import AVIF_STEP, AVIF_SUFFIXES, HEIC_STEP, HEIF_SUFFIXES, avif_reader, heic_reader
+from featurepipe.partitions import repeated, stored
 
 SCHEMA = pa.schema(
     [
@@ -42,19 +43,22 @@ _LOOKS_ESCAPED = re.compile(r"\\x[0-9a-f]{2}|\\ud[89a-f][0-9a-f]{2}")
 def table_of(rows: Iterable[Row]) -> pa.Table:
     """Gathers rows into a table; at most ``BATCH_ROWS`` of them exist as Python objects at a time.
 
+    Within `featurepipe.partitions.spilling` a large table is in a file.
+
     Args:
         rows: Tuples in the order of :data:`SCHEMA`.
 
     Returns:
         A table of :data:`SCHEMA`, in the order of ``rows``.
     """
-    stream = iter(rows)
-    batches = []
-    while chunk := list(islice(stream, BATCH_ROWS)):
+    return stored(_batches(iter(rows)), SCHEMA)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[pa.RecordBatch]:
+    while chunk := list(islice(rows, BATCH_ROWS)):
         columns = zip(*chunk, strict=True)
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-        batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
-    return pa.Table.from_batches(batches, schema=SCHEMA)
+        yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 def check_unique(table: pa.Table, where: str, remedy: str = "add an `id` column with unique values") -> pa.Table:
@@ -68,15 +72,15 @@ def check_unique(table: pa.Table, where: str, remedy: str = "add an `id` column 
     Raises:
         SourceError: Names the first few ids that occur more than once.
     """
-    ids = table["id"]
+    ids = repeated(table["id"])
     if pc.count_distinct(ids).as_py() == len(ids):
         return table
     counts = pc.value_counts(ids)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    shown = ", ".join(repr(value) for value in repeated.slice(0, 3).to_pylist())
-    more = ", ..." if len(repeated) > 3 else ""
+    several = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    shown = ", ".join(repr(value) for value in several.slice(0, 3).to_pylist())
+    more = ", ..." if len(several) > 3 else ""
     raise SourceError(
-        f"{where}: {counted(len(repeated), 'id', 'occurs', 'occur')} more than once: {shown}{more}; {remedy}"
+        f"{where}: {counted(len(several), 'id', 'occurs', 'occur')} more than once: {shown}{more}; {remedy}"
     )
 
 
@@ -367,8 +371,8 @@ class ListingSummary:
     def of(cls, listing: pa.Table) -> Self:
         """Counts, with what the source has left in the table's metadata; a source of a user's own may leave nothing."""
         found = _found(listing)
-        labels = pc.unique(listing["label"].drop_null()).to_pylist()
-        splits = pc.value_counts(listing["split"].drop_null()).to_pylist()
+        labels = pc.unique(listing["label"]).drop_null().to_pylist()
+        splits = [item for item in pc.value_counts(listing["split"]).to_pylist() if item["values"] is not None]
         splits.sort(key=lambda item: (_ORDER.get(item["values"], len(_ORDER)), item["values"]))
         several = several_names(labels)
         notes = [
@@ -490,7 +494,7 @@ def _class_columns(listing: pa.Table) -> dict[str, int]:
         name = column.removeprefix(KEPT_COLUMN)
         if name == column or plain_name(name) in ("group", *NAMED_ALIKE["split"]):
             continue
-        values = pc.unique(listing[column].drop_null())
+        values = pc.unique(listing[column]).drop_null()
         if not 2 <= len(values) <= min(_MOST_CLASSES, listing.num_rows // _IMAGES_A_CLASS):
             continue
         named += [name] if plain_name(name) in NAMED_ALIKE["label"] else []

@@ -28,6 +28,7 @@ from featurepipe.jobs.step import (
     steps_of,
 )
 from featurepipe.jobs.validation import read_job
+from featurepipe.partitions import spilling
 from featurepipe.results import shown_as
 from featurepipe.store import FeatureStore
 
@@ -88,9 +89,10 @@ def run_job(
             record = RunRecord(job, file, store, store.new_run_id(), log, retry_rejects, job.dataset or "")
             with log.about(run_id=record.run_id), record.kept(), executor_when_needed(cluster, log.say) as executor:
                 extractions = Extractions(job, record, stop, log.say, silent, executor)
-                extractions.list_source()
-                _take_steps(_night(extractions), record, held, early=True)
-                extractions.run()
+                with spilling(store.path):
+                    extractions.list_source()
+                    _take_steps(_night(extractions), record, held, early=True)
+                    extractions.run()
                 _take_steps(_night(extractions), record, held)
                 _close(record, stop, held)
     return record.written

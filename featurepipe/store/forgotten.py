@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from featurepipe.partitions import filtered
 from featurepipe.records import now
 from featurepipe.store.atomic import write_json
 from featurepipe.store.documents import ForgottenDocument, read_document
@@ -82,7 +83,7 @@ class Forgotten:
         """A listing without the images that were forgotten by id."""
         if not self._ids:
             return listing
-        return listing.filter(pa.array(~self.has_ids(dataset, listing["id"].to_pylist())))
+        return filtered(listing, lambda rows: pa.array(~self.has_ids(dataset, rows["id"].to_pylist())))
 
     def id_hash(self, dataset: str, id_: str) -> str:
         """The hash of a dataset's id."""

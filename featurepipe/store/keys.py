@@ -16,6 +16,19 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from featurepipe.errors import CorruptPart, UsageError
+from featurepipe.partitions import (
+    Rows,
+    bucket_count,
+    bucketed,
+    coded,
+    filtered,
+    index_in,
+    is_large,
+    partitions,
+    stored,
+    take,
+    zeros,
+)
 from featurepipe.store.atomic import append_lines, read_lines
 from featurepipe.store.documents import REJECT_LINE, first_fault
 from featurepipe.store.parts import PartInfo, numbers_of, read_array, read_ids
@@ -87,19 +100,37 @@ class SortedKeys:
     @cached_property
     def _sorted(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.unsignedinteger]]:
         """Sorted first 8 bytes as numbers, and the row of each."""
+        if is_large(len(self.keys)):
+            return self._sorted_in_buckets()
         prefixes = prefixes_of(self.keys)
         order = np.argsort(prefixes, kind="stable")  # stable: of several copies the first one is found
         return prefixes[order], order.astype(self._row_type)
 
+    def _sorted_in_buckets(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.unsignedinteger]]:
+        """The same in files: one range of numbers after the other, each sorted alone."""
+        count, stop = len(self.keys), 0
+        ascending, rows = zeros((count,), np.uint64), zeros((count,), self._row_type)
+        pieces = ((np.arange(part.start, part.stop), prefixes_of(self.keys[part])) for part in partitions(count))
+        for some, prefixes in bucketed(pieces, count, bucket_count(count)):
+            order = np.argsort(prefixes, kind="stable")
+            place = slice(stop, stop + len(some))
+            ascending[place], rows[place], stop = prefixes[order], some[order], stop + len(some)
+        return ascending, rows
+
     @cached_property
     def _are_different(self) -> bool:
+        if is_large(len(self.keys)):
+            ascending, _ = self._sorted
+            pairs = (ascending[part.start : part.stop + 1] for part in partitions(len(ascending)))
+            return not any((some[1:] == some[:-1]).any() for some in pairs)
         prefixes = np.sort(prefixes_of(self.keys))  # a fifth of the time that their order takes
         return not (prefixes[1:] == prefixes[:-1]).any()
 
     def find(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Returns the first row that holds each key, all 32 bytes compared; -1 where none does."""
         found = np.empty(len(keys), np.int64)
-        has_runs = len(keys) * _MANY >= len(self.keys) and self._are_different
+        is_much = len(keys) * _MANY >= len(self.keys) or is_large(_MANY * len(keys))
+        has_runs = is_much and self._are_different
         likely = 0
         for start in range(0, len(keys), _BLOCK):
             block = keys[start : start + _BLOCK]
@@ -226,7 +257,8 @@ class KeyIndex:
 
     def _group(self, numbers: Sequence[int], on_damage: OnDamage | None) -> _Group:
         # One array made for all of them at once: gathered and joined, keys would be in memory twice.
-        keys = np.empty((sum(self.parts[number].rows for number in numbers), KEY_BYTES), np.uint8)
+        rows = sum(self.parts[number].rows for number in numbers)
+        keys = zeros((rows, KEY_BYTES), np.uint8) if is_large(rows) else np.empty((rows, KEY_BYTES), np.uint8)
         starts, stop = [], 0
         for part in (self.parts[number] for number in numbers):
             starts.append(stop)
@@ -312,6 +344,10 @@ def known_files(
         ids: Only files with one of these ids; None for all.
         on_damage: Told of each part that is damaged, and whose files then are not known.
     """
+    if ids is not None and is_large(len(ids)):
+        files = stored((batch for table in _of_parts(parts, on_damage) for batch in table.to_batches()), KNOWN_FILES)
+        files = pa.concat_tables([files, rejects.select(KNOWN_FILES.names).filter(rejects["key"].is_valid())])
+        return _last_of_each(filtered(files, index_in(files["id"], ids) >= 0))
     found = [KNOWN_FILES.empty_table()]
     waiting: list[pa.Table] = []
     for table in _of_parts(parts, on_damage):
@@ -346,9 +382,18 @@ def _chosen(tables: Sequence[pa.Table], ids: pa.ChunkedArray | None) -> pa.Table
 
 
 def _last_of_each(files: pa.Table) -> pa.Table:
-    numbered = files.append_column("row", numbers_of(np.arange(len(files))))
-    last = numbered.group_by(["id", "size", "mtime_ns"]).aggregate([("row", "max")])
-    return files.take(last["row_max"].sort())
+    if not is_large(len(files)):
+        return files.take(_last_rows(files, np.arange(len(files))).sort())
+    is_last = zeros((len(files),), np.bool_)
+    for rows, _ in bucketed(coded(files["id"]), len(files), bucket_count(len(files))):
+        is_last[_last_rows(take(files, rows), rows).to_numpy()] = True
+    return filtered(files, is_last)
+
+
+def _last_rows(files: pa.Table, rows: Rows) -> pa.ChunkedArray:
+    """Of the numbers of some rows, the last of each (id, size, mtime_ns)."""
+    numbered = files.append_column("row", numbers_of(rows))
+    return numbered.group_by(["id", "size", "mtime_ns"]).aggregate([("row", "max")])["row_max"]
 
 
 REJECTS = pa.schema(

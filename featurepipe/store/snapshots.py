@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.errors import StoreError, StoreMoved, UnknownSnapshot, UsageError, unknown
+from featurepipe.partitions import PARTITION_ROWS, is_large, stored
 from featurepipe.store.atomic import atomic_file, checked_folder, listed, made_folder, open_file
 from featurepipe.store.documents import checked_dataset, is_dataset, is_run_id
 from featurepipe.store.parts import text_of
@@ -122,8 +123,8 @@ def read_snapshot(
         with (
             os.fdopen(open_file(path), "rb") as opened,
             pq.ParquetFile(opened, page_checksum_verification=True) as file,
-        ):  # in one piece, and four times as fast as
-            table = file.read(schema.names).select(schema.names).cast(schema)  # pq.read_table
+        ):
+            table = _read(file, schema)
             _check_rows(table)
             return table
     except FileNotFoundError as error:
@@ -133,6 +134,16 @@ def read_snapshot(
             f"cannot read snapshot {path}: {error}; move it out of the store, and the one before it, or the next that "
             "featurepipe extract writes, is the current one"
         ) from error
+
+
+def _read(file: pq.ParquetFile, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema, in one piece; within `featurepipe.partitions.spilling`, a large one row group by row group."""
+    if not is_large(file.metadata.num_rows):  # four times as fast as pq.read_table
+        return file.read(schema.names).select(schema.names).cast(schema)
+    groups = (
+        file.read_row_group(n, schema.names).select(schema.names).cast(schema) for n in range(file.num_row_groups)
+    )
+    return stored((batch for group in groups for batch in group.to_batches()), schema)
 
 
 def further_columns(folder: Path, dataset: str, run_id: str) -> list[str]:
@@ -186,7 +197,7 @@ def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> 
     if missing:
         raise UsageError(f"a snapshot needs the columns {SCHEMA.names}; missing: {missing}")
     schema = pa.schema([*SCHEMA, *(_field(name) for name in table.column_names if name.startswith(KEPT_COLUMN))])
-    clean = table.select(schema.names).cast(schema).combine_chunks()  # equal rows are equal bytes, however they came
+    clean = table.select(schema.names).cast(schema)
     try:
         _check_rows(clean)
     except ValueError as error:
@@ -197,8 +208,15 @@ def write_snapshot(folder: Path, dataset: str, run_id: str, table: pa.Table) -> 
     path = folder / dataset / f"{run_id}.parquet"
     made_folder(path.parent)
     with atomic_file(path, twin=path.with_name(f"{before[-1]}.parquet") if before else None) as file:
-        pq.write_table(clean, file, compression="zstd", write_page_checksum=True)
+        _write(clean, file)
     return path
+
+
+def _write(table: pa.Table, file: IO[bytes]) -> None:
+    """Writes rows so that equal ones are equal bytes, however they came: a row group of one chunk after the other."""
+    with pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True) as writer:
+        for start in range(0, max(table.num_rows, 1), PARTITION_ROWS):
+            writer.write_table(table.slice(start, PARTITION_ROWS).combine_chunks(), row_group_size=PARTITION_ROWS)
 
 
 def replace_snapshot(folder: Path, dataset: str, run_id: str, keep: pa.Array) -> None:
@@ -218,11 +236,11 @@ def replace_snapshot(folder: Path, dataset: str, run_id: str, keep: pa.Array) ->
     path = folder / dataset / f"{run_id}.parquet"
     with os.fdopen(open_file(path), "rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
         table = file.read()
-    rest = table.filter(keep).combine_chunks()
+    rest = table.filter(keep)
     known = snapshot_ids(folder, dataset)
     before = known[known.index(run_id) - 1] if known.index(run_id) else None
     with atomic_file(path, twin=path.with_name(f"{before}.parquet") if before else None) as written:
-        pq.write_table(rest, written, compression="zstd", write_page_checksum=True)
+        _write(rest, written)
 
 
 def ids_and_keys(path: Path) -> pa.Table:

@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_the_old_snapshot(store, rows, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("featurepipe.store.snapshots.pq.write_table", fail)
+    monkeypatch.setattr("featurepipe.store.snapshots.pq.ParquetWriter.write_table", fail)
     with pytest.raises(DiskFull):
         rows.snapshot(store, "d", ["b"])
     assert store.snapshot("d")["id"].to_pylist() == ["a"]
