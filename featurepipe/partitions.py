@@ -120,8 +120,14 @@ def partitions(rows: int) -> Iterator[slice]:
     size = max(rows, 1) if spill is None else spill.rows
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
-        if spill is not None:
-            spill.release()
+        release()
+
+
+def release() -> None:
+    """Gives back the pages of files that are in this process's memory, as whoever goes through a large table should do."""
+    spill = _SPILL.get()
+    if spill is not None:
+        spill.release()
 
 
 def part_of(columns: _Columns, part: slice) -> _Columns:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from featurepipe.errors import FeaturepipeError
 from featurepipe.images.regions import LARGEST_TASK, is_of_one_image
-from featurepipe.partitions import take
+from featurepipe.partitions import release, take
 
 if TYPE_CHECKING:  # a worker that has little memory, and the scheduler, read shards without loading PyTorch
     from featurepipe.execution.executor import Worker
@@ -194,6 +194,7 @@ def cut(listing: pa.Table, todo: np.ndarray, sizes: ShardSizes, workers: Iterato
         count = sizes.next(len(todo) - start, next(workers))
         count += _of_last_image(take(listed["locator"], todo[start + count - 1 :][: LARGEST_TASK + 1]))
         yield Shard.of(number, start, take(listed, todo[start : start + count]))
+        release()
         start, number = start + count, number + 1
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from featurepipe.annotations import KEPT_COLUMN
 from featurepipe.errors import StoreError, StoreMoved, UnknownSnapshot, UsageError, unknown
-from featurepipe.partitions import PARTITION_ROWS, is_large, stored
+from featurepipe.partitions import PARTITION_ROWS, is_large, release, stored
 from featurepipe.store.atomic import atomic_file, checked_folder, listed, made_folder, open_file
 from featurepipe.store.documents import checked_dataset, is_dataset, is_run_id
 from featurepipe.store.parts import text_of
@@ -217,6 +217,7 @@ def _write(table: pa.Table, file: IO[bytes]) -> None:
     with pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True) as writer:
         for start in range(0, max(table.num_rows, 1), PARTITION_ROWS):
             writer.write_table(table.slice(start, PARTITION_ROWS).combine_chunks(), row_group_size=PARTITION_ROWS)
+            release()
 
 
 def replace_snapshot(folder: Path, dataset: str, run_id: str, keep: pa.Array) -> None:
