@@ -89,7 +89,7 @@ def short(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def slopes(found: dict[str, dict[str, Any]], way: str) -> dict[str, float]:
-    """Bytes that each further image takes at the peak, from the smallest to the largest size that was measured this way."""
+    """Bytes that each further image takes at the peak, between the two largest sizes that were measured this way."""
     slope = {}
     for kind in ("first", "later"):
         peaks = [
@@ -98,7 +98,7 @@ def slopes(found: dict[str, dict[str, Any]], way: str) -> dict[str, float]:
             if way in each[kind]
         ]
         if len(peaks) > 1:
-            (few, least, seen), (many, most, later) = peaks[0], peaks[-1]
+            (few, least, seen), (many, most, later) = sorted(peaks)[-2:]
             slope[f"{kind}_anonymous"] = round(1e6 * (most - least) / (many - few), 1)
             slope[f"{kind}_resident"] = round(1e6 * (later - seen) / (many - few), 1)
     return slope

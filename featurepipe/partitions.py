@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
@@ -31,6 +31,7 @@ PARTITION_ROWS: Final = 1 << 20
 """Rows of a partition, which are those of a row group of a snapshot."""
 _HASHED_AT_ONCE = 16_384
 _POSITIONS = 4096
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Rows = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.uint64]
@@ -42,7 +43,7 @@ class _Spill:
     """Where large tables and arrays go.
 
     Attributes:
-        folder: on a disk; a file there is unnamed from the beginning.
+        folder: on a disk, of the store.
         rows: of a partition.
     """
 
@@ -50,16 +51,30 @@ class _Spill:
     rows: int
     _maps: WeakSet[mmap.mmap] = field(default_factory=WeakSet)
 
+    @cached_property
+    def place(self) -> Path:
+        """The folder if files can be made and mapped there, which not every share lets; else the system's for temporary files."""
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.write(bytes(mmap.PAGESIZE))
+                file.flush()
+                mmap.mmap(file.fileno(), mmap.PAGESIZE).close()
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                return Path(tempfile.gettempdir())
+        return self.folder
+
     @contextmanager
     def file(self) -> Iterator[IO[bytes]]:
+        """A file without a name from the beginning."""
         try:
-            with tempfile.TemporaryFile(dir=self.folder) as opened:
+            with tempfile.TemporaryFile(dir=self.place) as opened:
                 yield opened
         except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            if error.errno not in _NO_SPACE:
                 raise
             raise DiskFull(
-                f"no space is left in {self.folder} for what a run keeps of a large source while it lasts, some 500 bytes an "
+                f"no space is left in {self.place} for what a run keeps of a large source while it lasts, some 500 bytes an "
                 "image; free some, and run the same command again"
             ) from error
 
@@ -87,11 +102,12 @@ _SPILL: ContextVar[_Spill | None] = ContextVar("spill", default=None)
 def spilling(folder: Path, rows: int = PARTITION_ROWS) -> Iterator[None]:
     """Has tables and arrays of more rows than a partition put into files, in this block and whatever it calls.
 
-    Within another such block it changes nothing. What was made stays as long as somebody has it.
+    Within another such block it changes nothing. What was made stays as long as somebody has it. Threads that are started in the
+    block have everything in memory; processes that are forked there share the arrays made before, and what is written to them.
 
     Args:
-        folder: of the store, where files without names are made; if none can be made there, as in one that is only read or is
-            not there yet, they are in the system's folder for temporary files.
+        folder: of the store, where files without names are made; if none can be made and mapped there, as in one that is only
+            read or is not there yet, they are in the system's folder for temporary files.
         rows: of a partition.
 
     Raises:
@@ -100,8 +116,7 @@ def spilling(folder: Path, rows: int = PARTITION_ROWS) -> Iterator[None]:
     if _SPILL.get() is not None:
         yield
         return
-    is_fit = os.access(folder, os.W_OK | os.X_OK)
-    token = _SPILL.set(_Spill(folder if is_fit else Path(tempfile.gettempdir()), rows))
+    token = _SPILL.set(_Spill(folder, rows))
     try:
         yield
     finally:
@@ -297,7 +312,10 @@ def _bucket(codes: Codes, buckets: int) -> Rows:
 
 
 def index_in(ids: pa.ChunkedArray, listed: pa.ChunkedArray) -> Rows:
-    """The first row of each id among those listed, or -1: int64, as long as ``ids``; as ``pc.index_in``, in bounded memory."""
+    """The first row of each id among those listed, or -1: int64, as long as ``ids``; as ``pc.index_in``, in bounded memory.
+
+    Where both are equal, each row is its own, whether or not its id occurs before.
+    """
     if ids.equals(listed):  # nearly every run of a large source
         same = zeros((len(ids),), np.int64)
         for part in partitions(len(ids)):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -202,6 +205,37 @@ def test_a_folder_that_cannot_be_written_to_is_not_used(tmp_path):
         made = zeros((10,), np.int64)
         made[:] = 1
         assert made.sum() == 10
+
+
+@pytest.mark.parametrize("fault", [errno.ENODEV, errno.EINVAL, errno.EACCES])
+def test_a_folder_whose_files_cannot_be_mapped_is_not_used(fault, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    really, made_in = tempfile.TemporaryFile, []
+
+    def made(dir):  # noqa: A002
+        made_in.append(dir)
+        return really(dir=dir)
+
+    def mapped(number: int, *args: int, **options: int) -> mmap.mmap:
+        if made_in[-1] == tmp_path:
+            raise OSError(fault, os.strerror(fault))
+        return really_mapped(number, *args, **options)
+
+    really_mapped = mmap.mmap
+    monkeypatch.setattr(tempfile, "TemporaryFile", made)
+    monkeypatch.setattr(under_test.mmap, "mmap", mapped)
+    with spilling(tmp_path, 3):
+        assert zeros((10,), np.int64).sum() == 0
+        assert stored(pa.table({"n": [1] * 10}).to_batches(), pa.schema({"n": pa.int64()}))["n"].to_pylist() == [1] * 10
+    assert made_in == [tmp_path, elsewhere, elsewhere]
+
+
+def test_threads_started_in_the_block_find_the_same_in_memory(tmp_path):
+    ids, listed = pa.chunked_array([["b", "a", "c"]]), pa.chunked_array([["a", "x"], ["b"]])
+    with spilling(tmp_path, 2), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(index_in, ids, listed).result().tolist() == index_in(ids, listed).tolist() == [2, 0, -1]
 
 
 def test_a_block_within_another_changes_nothing(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -101,7 +101,7 @@ class History:
         locators = dict(zip(folders, take(listing["locator"], places).to_pylist(), strict=True))
 
         def lie_there(rows: pa.Table) -> pa.Array:
-            return pa.array([_folder_among(id_, locators) is not None for id_ in rows["id"].to_pylist()], pa.bool_())
+            return pa.array([bool(locators.keys() & _folders_of(i)) for i in rows["id"].to_pylist()], pa.bool_())
 
         there = filtered(self.snapshot.select(["id", "label", "split"]), lie_there)
         lost = filtered(there, index_in(there["id"], listing["id"]) < 0)
@@ -127,8 +127,7 @@ class History:
         )
         folders = {folder for id_ in listed for folder in _folders_of(id_) if folder in doubtful}
         values = pa.array(sorted(folders), pa.string())
-        images = filtered(self.snapshot, lambda rows: pc.invert(pc.is_in(rows["id"], values)))
-        return replace(self, snapshot=images)
+        return replace(self, snapshot=filtered(self.snapshot, lambda rows: pc.invert(pc.is_in(rows["id"], values))))
 
     def gone(self, listing: pa.Table) -> int:
         """How many ids of the last snapshot a listing lacks."""
@@ -456,9 +455,8 @@ def _since(space: Space, dataset: str, unexplained: int, history: History) -> st
 
 def _with_key(files: pa.Table) -> pa.Table:
     files = files.select(KNOWN_FILES.names)
-    return (filtered(files, lambda rows: rows["key"].is_valid()) if files["key"].null_count else files).cast(
-        KNOWN_FILES
-    )
+    known = filtered(files, lambda rows: rows["key"].is_valid()) if files["key"].null_count else files
+    return known.cast(KNOWN_FILES)
 
 
 def _why_new(spaces: Sequence[Space], fields: Mapping[str, Any], backbone: Backbone) -> str:
@@ -486,15 +484,10 @@ def space_notes(backbone: Backbone, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _folder_among(id_: str, folders: Collection[str]) -> str | None:
-    """The outermost of some folders that an image lies in, if there is one."""
-    return next((each for each in _folders_of(id_) if each in folders), None)
-
-
 def _unread(rows: pa.Table, locators: Mapping[str, bytes]) -> pa.Table:
-    """Images of a snapshot as a listing has them if their folder, whose locator is given, cannot be read."""
+    """Images of a snapshot as a listing has them if a folder, whose locator is given, cannot be read."""
     ids = rows["id"].to_pylist()
-    more = pa.array([locators[_folder_among(id_, locators) or ""] for id_ in ids], pa.binary())
+    more = pa.array([next(locators[each] for each in _folders_of(i) if each in locators) for i in ids], pa.binary())
     unknown = pa.array(np.full(len(ids), UNKNOWN, np.int64))
     return pa.table([rows["id"], rows["label"], rows["split"], unknown, unknown, more], schema=SCHEMA)
 

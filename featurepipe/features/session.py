@@ -268,8 +268,10 @@ class Sample:
 
     def __reduce__(self) -> tuple[Any, ...]:
         chosen = self.rows[: 4 * self.images]
+        rows = np.arange(len(chosen))
         taken = take(self.listing.select(["id", "size", "mtime_ns", "locator"]), chosen)
-        return Sample, (taken, np.arange(len(chosen)), self.images)
+        copied = taken.take(pa.array(rows))  # a slice would travel with all that it is a slice of
+        return Sample, (copied, rows, self.images)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
 from collections import Counter
@@ -22,6 +23,7 @@ from featurepipe.extraction.plan import KeySet, Plan, count_changes, make_plan, 
 from featurepipe.extraction.publish import snapshot_table
 from featurepipe.extraction.shards import COMPUTED, Shard, ShardResult, ShardRun
 from featurepipe.features.loader import StageSeconds
+from featurepipe.features.session import Sample
 from featurepipe.images.listing import SCHEMA as LISTED
 from featurepipe.partitions import gathered, spilling
 from featurepipe.store import keys as store_keys
@@ -189,6 +191,16 @@ def test_keys_are_found_in_the_same_rows(seed, rows, different):
     with spilled(rows):
         np.testing.assert_array_equal(SortedKeys(held).find(wanted), expected)
         np.testing.assert_array_equal(SortedKeys(held).find(wanted[:2]), expected[:2])
+
+
+@pytest.mark.parametrize("rows", [np.arange(2000), np.arange(700, 1500), np.arange(0, 2000, 7)])
+def test_a_sample_travels_without_the_listing_it_is_of(rows):
+    listing = listing_of(list(range(2000)), np.random.default_rng(0))
+    with spilled(500):
+        packed = pickle.dumps(Sample(gathered(in_chunks(listing, 300)), rows, 8))
+    there = pickle.loads(packed)
+    assert there.listing.equals(listing.take(pa.array(rows[:32])).select(["id", "size", "mtime_ns", "locator"]))
+    assert len(packed) < 4000
 
 
 def test_a_snapshot_is_read_row_group_by_row_group(tmp_path):
