@@ -386,7 +386,9 @@ def costs_of(found: dict[str, Any], waiting: Traffic) -> Costs:
     nightly = json.loads((record.RESULTS / "bench_nightly.json").read_text())
     rows, by_rows = str(nightly["rows"]), nightly["by_rows"]
     scale = json.loads((record.RESULTS / "bench_scale.json").read_text())
-    first = {int(images): each["first"]["partitions"] for images, each in scale["sizes"].items()}
+    listed = max(map(int, scale["sizes"]))
+    runs = [scale["sizes"][str(listed)][kind]["partitions"] for kind in ("first", "later")]
+    slopes = [scale["bytes_per_image"]["partitions"][f"{kind}_anonymous"] for kind in ("first", "later")]
     return Costs(
         overhead=extraction["overhead_percent"] / 100,
         image_bytes=extraction["image_bytes"],
@@ -405,10 +407,10 @@ def costs_of(found: dict[str, Any], waiting: Traffic) -> Costs:
         order_bytes=passing["empty_bytes"] / WORKERS,
         passes=fit["passes"],
         view_bytes=fit["client_bytes_per_row"],
-        client_bytes=1e6 * first[max(first)]["anonymous_peak_mb"],
-        listing_bytes=scale["bytes_per_image"]["partitions"]["first_anonymous"],
-        listed=max(first),
-        listing_seconds=by_rows["night"][rows]["seconds"] / nightly["rows"],
+        client_bytes=1e6 * max(run["anonymous_peak_mb"] for run in runs),
+        listing_bytes=max(0.0, *slopes),
+        listed=listed,
+        listing_seconds=max(run["seconds"] for run in runs) / listed,
         index_bytes=nightly["index_bytes_per_row"],
         index_seconds=by_rows["index"][rows]["seconds"] / nightly["rows"],
     )

@@ -37,10 +37,10 @@ class Costs:
         order_bytes: Of an order, beside its coefficients.
         passes: Of a fit.
         view_bytes: Of the client's memory for a row of a fit.
-        client_bytes: Of the client's memory, that no file holds, for the largest listing measured (bench_scale).
-        listing_bytes: Of it for each further image (bench_scale).
+        client_bytes: Of the client's memory that belongs to no file, at most, for the largest listing measured (bench_scale).
+        listing_bytes: Of it for each further image (bench_scale); 0 where it does not grow.
         listed: Images in that listing.
-        listing_seconds: Of the client, to list and plan an image of which nothing is new (bench_nightly).
+        listing_seconds: Of the client, to list and plan an image, count changes and write the snapshot (bench_scale).
         index_bytes: Of a worker's memory for a key that the store holds (bench_nightly).
         index_seconds: Of a worker, to read it (bench_nightly).
     """
