@@ -35,6 +35,8 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Rows = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.uint64]
+Entries = npt.NDArray[Any]
+_PLACED = np.dtype([("row", np.int64), ("place", np.int64)])
 _Columns = TypeVar("_Columns", pa.Table, pa.ChunkedArray)
 
 
@@ -265,40 +267,46 @@ def take(columns: _Columns, rows: Rows) -> _Columns:
     return pa.chunked_array([found.combine_chunks()]).take(pa.array(back))
 
 
-def bucketed(pieces: Iterable[tuple[Rows, Codes]], most: int, buckets: int) -> Iterator[tuple[Rows, Codes]]:
-    """Rows by ranges of their codes: those with equal codes come together, each bucket's in their order.
+def bucketed(
+    pieces: Iterable[tuple[Entries, Codes]], most: int, buckets: int, dtype: npt.DTypeLike = np.int64
+) -> Iterator[tuple[Entries, Codes]]:
+    """Entries by ranges of their codes: those with equal codes come together, each bucket's in their order.
+
+    What is asked of them afterwards should be in the entries: looked up elsewhere by row, it takes pages from all over a file.
 
     Args:
-        pieces: numbers of rows and their codes, ascending by rows.
-        most: rows there are at most.
+        pieces: entries, such as numbers of rows, and their codes.
+        most: entries there are at most.
         buckets: how many ranges the codes are divided into; a power of two.
+        dtype: of the entries.
 
     Yields:
-        So many times, the rows and codes of a range, the lowest codes first.
+        So many times, the entries and codes of a range, the lowest codes first.
     """
     if buckets == 1:
-        none = np.empty(0, np.int64), np.empty(0, np.uint64)
-        every = [none, *pieces]
+        every = [(np.empty(0, dtype), np.empty(0, np.uint64)), *pieces]
         yield np.concatenate([some for some, _ in every]), np.concatenate([their for _, their in every])
         return
-    rows, codes, count = zeros((most,), np.int64), zeros((most,), np.uint64), 0
+    entries, codes, count = zeros((most,), dtype), zeros((most,), np.uint64), 0
     sizes = np.zeros(buckets, np.int64)
     for some, their in pieces:
-        rows[count : count + len(some)], codes[count : count + len(some)] = some, their
+        entries[count : count + len(some)], codes[count : count + len(some)] = some, their
         sizes += np.bincount(_bucket(their, buckets), minlength=buckets)
         count += len(some)
     bounds = np.concatenate([[0], np.cumsum(sizes)])
     fill = bounds[:-1].copy()
-    sorted_rows, sorted_codes = zeros((most,), np.int64), zeros((most,), np.uint64)
+    sorted_entries, sorted_codes = zeros((most,), dtype), zeros((most,), np.uint64)
     for part in partitions(count):
         which = _bucket(codes[part], buckets)
         order = np.argsort(which, kind="stable")
         here = np.bincount(which, minlength=buckets)
         place = np.arange(len(order)) + np.repeat(fill - (np.cumsum(here) - here), here)
-        sorted_rows[place], sorted_codes[place] = rows[part][order], codes[part][order]
+        sorted_entries[place], sorted_codes[place] = entries[part][order], codes[part][order]
         fill += here
+    del entries, codes
     for first, last in pairwise(bounds):
-        yield sorted_rows[first:last], sorted_codes[first:last]
+        yield sorted_entries[first:last], sorted_codes[first:last]
+        release()
 
 
 def bucket_count(rows: int) -> int:
@@ -311,37 +319,95 @@ def _bucket(codes: Codes, buckets: int) -> Rows:
     return (codes >> np.uint64(64 - (buckets - 1).bit_length())).astype(np.int64)
 
 
-def index_in(ids: pa.ChunkedArray, listed: pa.ChunkedArray) -> Rows:
-    """The first row of each id among those listed, or -1: int64, as long as ``ids``; as ``pc.index_in``, in bounded memory.
+def are_equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
+    """Whether two columns are the same."""
+    return len(one) == len(other) and all(
+        part_of(one, part).equals(part_of(other, part)) for part in partitions(len(one))
+    )
 
-    Where both are equal, each row is its own, whether or not its id occurs before.
+
+def distinct(column: pa.ChunkedArray) -> pa.Array:
+    """The values of a column, each once, in the order in which they come first."""
+    values = [part_of(column, part).unique() for part in partitions(len(column))]
+    return pa.chunked_array(values, column.type).unique()
+
+
+def index_in(ids: pa.ChunkedArray, listed: pa.ChunkedArray) -> Rows:
+    """The row of each id among those listed, or -1: int64, as long as ``ids``; as ``pc.index_in``, in bounded memory.
+
+    Args:
+        ids: any, also several times.
+        listed: none of them twice.
     """
-    if ids.equals(listed):  # nearly every run of a large source
-        same = zeros((len(ids),), np.int64)
-        for part in partitions(len(ids)):
-            same[part] = np.arange(part.start, part.stop)
-        return same
+    are_same = are_equal(ids, listed)  # nearly every run of a large source
     if not is_large(len(ids)):
-        return _searched(ids, listed)
-    found, buckets = zeros((len(ids),), np.int64), bucket_count(max(len(ids), len(listed)))
-    sides = (bucketed(coded(column), len(column), buckets) for column in (ids, listed))
-    for (rows, codes), (there, their) in zip(*sides, strict=True):
-        order = np.argsort(their, kind="stable")
-        ascending = their[order]
-        place = np.minimum(np.searchsorted(ascending, codes), max(len(order) - 1, 0))
-        found[rows] = np.where(ascending[place] == codes, there[order][place], -1) if len(order) else -1
-    _verify(found, ids, listed)
+        return np.arange(len(ids)) if are_same else _searched(ids, listed)
+    found = zeros((len(ids),), np.int64)
+    if are_same:
+        for part in partitions(len(ids)):
+            found[part] = np.arange(part.start, part.stop)
+        return found
+    lacking = _find_in_order(ids, listed, found)
+    if not len(listed):
+        return found
+    if not is_large(lacking):
+        rows = flatnonzero(found < 0)
+        found[rows] = _searched(take(ids, rows), listed)
+    else:
+        _join(ids, listed, found)
+        _verify(found, ids, listed)
     return found
+
+
+def _find_in_order(ids: pa.ChunkedArray, listed: pa.ChunkedArray, found: Rows) -> int:
+    """Enters where ids are listed that come in the order of the list, as they mostly do; all others get -1.
+
+    Returns:
+        How many are others.
+    """
+    start = lacking = 0
+    for part in partitions(len(ids)):
+        count = part.stop - part.start
+        window = listed.slice(start, count + count // 4) if 2 * lacking <= part.start else listed.slice(0, 0)
+        places = pc.fill_null(pc.index_in(part_of(ids, part), value_set=window), -1).to_numpy()
+        there = np.flatnonzero(places >= 0)
+        found[part] = np.where(places >= 0, places + start, -1)
+        start += int(places[there[-1]]) + 1 if len(there) else 0
+        lacking += count - len(there)
+    return lacking
+
+
+def _join(ids: pa.ChunkedArray, listed: pa.ChunkedArray, found: Rows) -> None:
+    """Enters for each id the first row that has its code, or -1."""
+    buckets = bucket_count(max(len(ids), len(listed)))
+    shift = np.uint64(64 - len(ids).bit_length())
+
+    def places() -> Iterator[tuple[Entries, Codes]]:
+        sides = (bucketed(coded(column), len(column), buckets) for column in (ids, listed))
+        for (rows, codes), (there, their) in zip(*sides, strict=True):
+            order = np.argsort(their, kind="stable")
+            ascending, entries = their[order], np.empty(len(rows), _PLACED)
+            place = np.minimum(np.searchsorted(ascending, codes), max(len(order) - 1, 0))
+            entries["row"] = rows
+            entries["place"] = np.where(ascending[place] == codes, there[order][place], -1) if len(order) else -1
+            yield entries, rows.astype(np.uint64) << shift
+
+    for entries, _ in bucketed(places(), len(ids), buckets, _PLACED):  # in the order of rows again
+        found[entries["row"]] = entries["place"]
 
 
 def _searched(ids: pa.ChunkedArray, listed: pa.ChunkedArray) -> Rows:
-    """The same for few ids, however many are listed."""
-    found = np.full(len(ids), -1, np.int64)
+    """The same as `index_in` for few ids, however many are listed."""
+    if not is_large(len(listed)):
+        return np.asarray(pc.fill_null(pc.index_in(ids, value_set=listed), -1).to_numpy(), np.int64)
+    codes = ids.combine_chunks().dictionary_encode()
+    found = np.full(len(codes.dictionary) + 1, -1, np.int64)  # the last one is of null
     for part in partitions(len(listed)) if len(ids) else ():
-        here = pc.fill_null(pc.index_in(ids, value_set=part_of(listed, part)), -1).to_numpy()
-        first = (found < 0) & (here >= 0)
-        found[first] = here[first] + part.start
-    return found
+        which = pc.fill_null(pc.index_in(part_of(listed, part), value_set=codes.dictionary), -1).to_numpy()
+        rows = np.flatnonzero(which >= 0)[::-1]
+        rows = rows[found[which[rows]] < 0]
+        found[which[rows]] = rows + part.start  # of several, the first is entered last
+    return np.asarray(found[pc.fill_null(codes.indices, -1).to_numpy()], np.int64)
 
 
 def _verify(found: Rows, ids: pa.ChunkedArray, listed: pa.ChunkedArray) -> None:

@@ -17,9 +17,11 @@ import pytest
 from featurepipe import partitions as under_test
 from featurepipe.errors import DiskFull
 from featurepipe.partitions import (
+    are_equal,
     bucketed,
     codes_of,
     copied,
+    distinct,
     filtered,
     flatnonzero,
     gathered,
@@ -62,6 +64,31 @@ def test_rows_of_ids_are_those_that_arrow_finds(seed, spilled):
         listed = ids
     expected = np.arange(len(ids)) if ids.equals(listed) else pc.fill_null(pc.index_in(ids, value_set=listed), -1)
     np.testing.assert_array_equal(index_in(ids, listed), np.asarray(expected))
+
+
+@pytest.mark.parametrize("moved", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(10))
+def test_ids_in_the_order_of_the_list_are_found_without_codes(seed, moved, monkeypatch, tmp_path):
+    rng = np.random.default_rng(seed)
+    every = [f"{number:04d}" for number in range(400)]
+    here, there = (sorted(rng.choice(every, count, replace=False)) for count in (380, 390))
+    for _ in range(moved):
+        here.insert(int(rng.integers(len(here))), here.pop(int(rng.integers(len(here)))))
+    ids, listed = chunked(rng, here), chunked(rng, there)
+    monkeypatch.setattr(under_test, "codes_of", None)  # would be called
+    with spilling(tmp_path, 100):
+        np.testing.assert_array_equal(
+            index_in(ids, listed), pc.fill_null(pc.index_in(ids, value_set=listed), -1).to_numpy()
+        )
+        assert index_in(ids, listed.slice(0, 0)).tolist() == [-1] * 380
+
+
+def test_values_of_a_column_come_once_in_their_order(spilled):
+    column = chunked(np.random.default_rng(0), [*"bacabd", "x", *"zyx"])
+    assert distinct(column).to_pylist() == pc.unique(column).to_pylist() == [*"bacdxzy"]
+    assert are_equal(column, pa.chunked_array([column.combine_chunks()]))
+    assert not are_equal(column, column.slice(1))
+    assert not are_equal(column, chunked(np.random.default_rng(0), [*"bacabd", "x", *"zyy"]))
 
 
 @pytest.mark.parametrize("codes", ["length", "nothing"])

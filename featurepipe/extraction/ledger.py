@@ -17,12 +17,13 @@ from featurepipe.extraction.plan import KeySet, MissingColumns, Plan
 from featurepipe.extraction.shards import COMPUTED, UNTOUCHED, Shard, ShardResult, ShardRun
 from featurepipe.features.loader import Loaded, StageSeconds
 from featurepipe.features.stream import Batches
-from featurepipe.partitions import Codes, Rows, bucket_count, bucketed, copied, partitions, zeros
+from featurepipe.partitions import Codes, Entries, bucket_count, bucketed, copied, partitions, zeros
 from featurepipe.store import Space
 from featurepipe.store.keys import KEY_BYTES, KeyIndex, prefixes_of
 from featurepipe.store.parts import PartInfo
 
 FACTS = ["id", "size", "mtime_ns"]
+_KEYED = np.dtype([("key", f"S{KEY_BYTES}"), ("kind", np.uint16)])
 
 
 def committed(parts: Sequence[PartInfo], keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
@@ -236,25 +237,27 @@ class ShardLedger:
         ledger, todo = self._ledger, self._plan.todo
         ledger.computed = ledger.copies = 0
         counts = np.zeros(len(self._kinds) + 1, np.int64)
-        for rows, _ in bucketed(self._keyed(), len(todo), bucket_count(len(todo))):
-            made = self._kind[rows] > 0
-            computed = rows[made]
-            keys = np.ascontiguousarray(ledger.keys[rows]).view(f"S{KEY_BYTES}").ravel()
-            first = computed[np.unique(keys[made], return_index=True)[1]]
-            ledger.computed += len(first)
-            ledger.copies += len(computed) - len(first) + int(np.isin(keys[~made], keys[made]).sum())
-            counts += np.bincount(self._kind[first], minlength=len(counts))
+        for entries, _ in bucketed(self._keyed(), len(todo), bucket_count(len(todo)), _KEYED):
+            made = entries["kind"] > 0
+            computed, others = entries[made], entries[~made]
+            keys, places = np.unique(computed["key"], return_index=True)
+            ledger.computed += len(keys)
+            ledger.copies += len(computed) - len(keys)
+            ledger.copies += int(np.isin(others["key"], keys).sum()) if len(others) else 0
+            counts += np.bincount(computed["kind"][places], minlength=len(counts))
         ledger.known = self._plan.known + self._usable() - ledger.computed
         for kind, code in self._kinds.items():
             ledger.columns.update(dict.fromkeys(kind, int(counts[code])))
 
-    def _keyed(self) -> Iterator[tuple[Rows, Codes]]:
-        """The rows that were computed, or are copies as a worker saw them, and what their keys begin with."""
+    def _keyed(self) -> Iterator[tuple[Entries, Codes]]:
+        """Keys and kinds of the rows that were computed, or are copies as a worker saw them, and what the keys begin with."""
         todo, ledger = self._plan.todo, self._ledger
         for part in partitions(len(todo)):
             rows = todo[part]
             rows = rows[(self._kind[rows] > 0) | ledger.has_key[rows]]
-            yield rows, prefixes_of(ledger.keys[rows])
+            keys, entries = ledger.keys[rows], np.empty(len(rows), _KEYED)
+            entries["key"], entries["kind"] = keys.view(f"S{KEY_BYTES}").ravel(), self._kind[rows]
+            yield entries, prefixes_of(keys)
 
     def _usable(self) -> int:
         """Rows that workers have worked on and not rejected."""

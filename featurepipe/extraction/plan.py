@@ -34,6 +34,7 @@ from featurepipe.features.options import RejectOptions
 from featurepipe.images.decode import is_outdated, is_repaired
 from featurepipe.partitions import (
     Codes,
+    Entries,
     bucket_count,
     bucketed,
     filtered,
@@ -260,6 +261,7 @@ DELETED = "deleted"
 _JUDGED = ["key", "label", "split", "size", "mtime_ns", "status"]
 _Mask = npt.NDArray[np.bool_]
 _Rows = npt.NDArray[np.int64]
+_KEYED = np.dtype([("row", np.int64), ("key", np.uint8, (KEY_BYTES,)), ("stays", np.bool_), ("fresh", np.bool_)])
 
 
 def count_changes(last: pa.Table | None, new: pa.Table) -> dict[str, int]:
@@ -352,28 +354,41 @@ def _judge_fresh(
         before: the row of each row of ``new`` in ``last``, or -1.
         are_new: which rows of ``new`` are meant.
     """
-    stays = zeros((len(last),), np.bool_)
+    stays, are_known = zeros((len(last),), np.bool_), zeros((len(new),), np.bool_)
     for part in partitions(len(before)):
-        stays[before[part][before[part] >= 0]] = True
-    fresh = flatnonzero(are_new)
-    wanted = None if is_large(len(fresh)) else take(new, fresh)
+        are_known[part] = before[part] >= 0
+        stays[before[part][are_known[part]]] = True
+    rows = flatnonzero(are_new)
+    wanted = None if is_large(len(rows)) else take(new, rows)
     buckets = bucket_count(max(len(last), len(new))) if wanted is None else 1
-    sides = (bucketed(_keyed(keys, wanted), len(keys), buckets) for keys in (last, new))
+    sides = (
+        bucketed(_keyed(keys, wanted, stay, fresh), len(keys), buckets, _KEYED)
+        for keys, stay, fresh in ((last, stays, stays), (new, are_known, are_new))
+    )
     for (then, _), (now, _) in zip(*sides, strict=True):
-        mine, known = now[are_new[now]], now[before[now] >= 0]
-        kinds[mine] = _kinds_of_fresh(_keys(last, then), stays[then], _keys(new, known), _keys(new, mine))
+        mine, known = now[now["fresh"]], now[now["stays"]]
+        kinds[mine["row"]] = _kinds_of_fresh(then["key"], then["stays"], known["key"], mine["key"])
 
 
-def _keyed(keys: pa.ChunkedArray, wanted: pa.ChunkedArray | None) -> Iterator[tuple[_Rows, Codes]]:
-    """The rows that have a key, or one of those wanted, and what their keys begin with."""
+def _keyed(
+    keys: pa.ChunkedArray, wanted: pa.ChunkedArray | None, stays: _Mask, fresh: _Mask
+) -> Iterator[tuple[Entries, Codes]]:
+    """The rows that have a key, or one of those wanted, and what their keys begin with.
+
+    Args:
+        keys: of a snapshot.
+        wanted: some of them, or None for all.
+        stays: which rows have an id that the other snapshot has, too.
+        fresh: which rows are usable images under new ids.
+    """
     for part in partitions(len(keys)):
         some = part_of(keys, part)
         mask = some.is_valid() if wanted is None else pc.and_(some.is_valid(), pc.is_in(some, value_set=wanted))
-        yield np.flatnonzero(mask) + part.start, prefixes_of(keys_from_arrow(some.filter(mask)))
-
-
-def _keys(keys: pa.ChunkedArray, rows: _Rows) -> np.ndarray:
-    return keys_from_arrow(take(keys, rows))
+        rows, found = np.flatnonzero(mask), keys_from_arrow(some.filter(mask))
+        entries = np.empty(len(rows), _KEYED)
+        entries["row"], entries["key"] = rows + part.start, found
+        entries["stays"], entries["fresh"] = stays[part][rows], fresh[part][rows]
+        yield entries, prefixes_of(found)
 
 
 def _kinds_of_fresh(last: np.ndarray, stays: _Mask, known: np.ndarray, fresh: np.ndarray) -> npt.NDArray[np.int8]:

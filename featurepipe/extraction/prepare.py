@@ -34,7 +34,7 @@ from featurepipe.features.settings import AS_IN_STORE, ASKED_FOR, SETTINGS, Held
 from featurepipe.images import Source
 from featurepipe.images.budgets import check_budgets
 from featurepipe.images.listing import SCHEMA, UNKNOWN, ListingSummary, is_image_name, is_told, unreadable_folders
-from featurepipe.partitions import filtered, gathered, index_in, part_of, partitions, stored, take
+from featurepipe.partitions import are_equal, filtered, gathered, index_in, part_of, partitions, stored, take
 from featurepipe.store import FeatureStore, Space, differences
 from featurepipe.store.choice import MIRRORED, is_mirrored
 from featurepipe.store.documents import checked_dataset
@@ -131,7 +131,7 @@ class History:
 
     def gone(self, listing: pa.Table) -> int:
         """How many ids of the last snapshot a listing lacks."""
-        if self.snapshot is None or self.snapshot["id"].equals(listing["id"]):
+        if self.snapshot is None or are_equal(self.snapshot["id"], listing["id"]):
             return 0
         places = index_in(self.snapshot["id"], listing["id"])
         return sum(int(np.count_nonzero(places[part] < 0)) for part in partitions(len(places)))

@@ -18,7 +18,7 @@ from featurepipe.display import counted, first_names
 from featurepipe.errors import SourceError
 from featurepipe.images.dicom import DICOM_STEP, DICOM_SUFFIXES, has_pydicom
 from featurepipe.images.heif import AVIF_STEP, AVIF_SUFFIXES, HEIC_STEP, HEIF_SUFFIXES, avif_reader, heic_reader
-from featurepipe.partitions import repeated, stored
+from featurepipe.partitions import distinct, part_of, partitions, repeated, stored
 
 SCHEMA = pa.schema(
     [
@@ -371,7 +371,7 @@ class ListingSummary:
     def of(cls, listing: pa.Table) -> Self:
         """Counts, with what the source has left in the table's metadata; a source of a user's own may leave nothing."""
         found = _found(listing)
-        labels = pc.unique(listing["label"]).drop_null().to_pylist()
+        labels = distinct(listing["label"]).drop_null().to_pylist()
         splits = [item for item in pc.value_counts(listing["split"]).to_pylist() if item["values"] is not None]
         splits.sort(key=lambda item: (_ORDER.get(item["values"], len(_ORDER)), item["values"]))
         several = several_names(labels)
@@ -494,7 +494,7 @@ def _class_columns(listing: pa.Table) -> dict[str, int]:
         name = column.removeprefix(KEPT_COLUMN)
         if name == column or plain_name(name) in ("group", *NAMED_ALIKE["split"]):
             continue
-        values = pc.unique(listing[column]).drop_null()
+        values = distinct(listing[column]).drop_null()
         if not 2 <= len(values) <= min(_MOST_CLASSES, listing.num_rows // _IMAGES_A_CLASS):
             continue
         named += [name] if plain_name(name) in NAMED_ALIKE["label"] else []
@@ -513,7 +513,8 @@ def _without_decoder(listing: pa.Table) -> list[str]:
     found = []
     for suffixes, name, decoder, step in kinds:
         pattern = rf"(?i)\.({'|'.join(suffix[1:] for suffix in suffixes)})$"
-        count = pc.sum(pc.match_substring_regex(listing["id"], pattern)).as_py()
+        ids = (part_of(listing["id"], part) for part in partitions(listing.num_rows))
+        count = sum(pc.sum(pc.match_substring_regex(some, pattern)).as_py() or 0 for some in ids)
         if count and not decoder():
             found.append(f"{counted(count, f'{name} file')} cannot be decoded here: {step}")
     return found
@@ -521,6 +522,8 @@ def _without_decoder(listing: pa.Table) -> list[str]:
 
 def _only_tested(listing: pa.Table) -> list[str]:
     """Says which labels the split train lacks: a folder ``test/unknown/`` is no class that can be learned."""
+    if listing["split"].null_count == listing.num_rows:
+        return []
     pairs = (
         listing.select(["split", "label"])
         .group_by(["split", "label"], use_threads=False)

@@ -25,6 +25,7 @@ from featurepipe.partitions import (
     index_in,
     is_large,
     partitions,
+    release,
     stored,
     take,
     zeros,
@@ -72,6 +73,8 @@ def keys_from_arrow(column: pa.ChunkedArray) -> Keys:
 
 
 _BLOCK = 65_536  # keys looked up at a time: bounded memory, and neighbours among them share what the cache holds
+_RUN = 256  # keys compared at a time where they follow each other
+_TRIES = 16  # searches for the next run that found none of so many keys: then the rest is searched at once
 _MANY = 8  # an eighth of the rows: then it pays to look first whether all of them are different
 _SMALL_ROWS = 2**32
 
@@ -153,15 +156,23 @@ class SortedKeys:
             likely: The row that may have the first of them.
         """
         found = np.full(len(keys), -1, np.int64)
-        is_there = likely < len(self.keys) and bool((self.keys[likely] == keys[0]).all())
-        first = likely if is_there else int(self._find_block(keys[:1])[0])
-        if first >= 0:
-            held = _words(self.keys[first : first + len(keys)])
-            same = np.flatnonzero((held == _words(keys[: len(held)])).all(axis=1))
-            found[same] = first + same
-        rest = np.flatnonzero(found < 0)
-        if len(rest):
-            found[rest] = self._find_block(keys[rest])
+        at, width, tries = 0, _RUN, _TRIES
+        while at < len(keys) and tries:
+            wanted = keys[at : at + width]
+            is_there = likely < len(self.keys) and bool((self.keys[likely] == wanted[0]).all())
+            row = likely if is_there else int(self._find_block(wanted[:1])[0])
+            tries -= not is_there
+            if row < 0:
+                at += 1
+                continue
+            held = _words(self.keys[row : row + len(wanted)])
+            same = (held == _words(wanted[: len(held)])).all(axis=1)
+            run = len(same) if same.all() else int(np.argmin(same))
+            found[at : at + run] = np.arange(row, row + run)
+            at, likely, tries = at + run, row + run, tries + run // _RUN
+            width = 2 * width if run == len(wanted) else _RUN
+        if at < len(keys):
+            found[at:] = self._find_block(keys[at:])
         return found
 
     def _find_block(self, keys: Keys) -> npt.NDArray[np.int64]:
@@ -270,6 +281,7 @@ class KeyIndex:
                 on_damage(part, error)
             else:
                 stop += part.rows
+            release()
         return _Group(SortedKeys(keys[:stop]), np.array(numbers, np.int64), np.array(starts, np.int64))
 
     def __len__(self) -> int:

@@ -90,6 +90,27 @@ def test_keys_in_the_order_of_those_held_are_found_as_any_others_are(monkeypatch
     assert found.tolist() == [first.get(bytes(key), -1) for key in wanted]
 
 
+@pytest.mark.parametrize("run", [1, 4, 256])
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_that_are_broken_off_are_found_again(monkeypatch, seed, run):
+    monkeypatch.setattr(keys_module, "_RUN", run)
+    monkeypatch.setattr(keys_module, "_BLOCK", 90)
+    rng = np.random.default_rng(seed)
+    held = rng.integers(0, 256, (300, 32)).astype(np.uint8)
+    wanted = held
+    for change in rng.integers(0, 3, 5):
+        low, high = np.sort(rng.integers(0, len(wanted) + 1, 2))
+        if change == 0:
+            wanted = np.delete(wanted, slice(low, low + 30), axis=0)
+        elif change == 1:
+            wanted = np.insert(wanted, low, rng.integers(0, 256, (3, 32)), axis=0)
+        else:
+            wanted = np.concatenate([wanted[high:], wanted[low:high], wanted[:low]])
+    rows = {key.tobytes(): row for row, key in enumerate(held)}
+    expected = [rows.get(key.tobytes(), -1) for key in wanted]
+    assert keys_module.SortedKeys(held).find(wanted).tolist() == expected
+
+
 def test_takes_keys_as_bytes_too(store, space, rows):
     rows.write(store, space, ["1"])
     assert space.index().contains([bytes(key) for key in rows.keys(["1", "2"])]).tolist() == [True, False]
