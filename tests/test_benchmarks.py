@@ -36,33 +36,18 @@ ARGUMENTS = {
     "bench_decode": ["--backbone", "lenet5", "--weights", "none"],
     "layer_depth": [*SMALL, "--weights", "none"],
 }
-WHOLE = "bench_rerun"
-"""Is started as a user would; the others in forks of a process that has PyTorch loaded, which takes each of theirs seconds."""
+WHOLE = "bench_store"
+"""Is started as a user would; the others, and what they start, are forks of a process that has loaded what takes each seconds."""
 FORKED = f"""
-    import json, os, runpy, sys
+    import multiprocessing, runpy, sys
 
     sys.path.insert(0, {str(ROOT)!r})
-    from benchmarks import alone
+    from tests.forking import fork_python_processes
 
-    def forked(module, function, *arguments):
-        readable, writable = os.pipe()
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                os.write(writable, json.dumps(alone._measured(module, function, list(map(str, arguments)))).encode())
-                code = 0
-            finally:
-                os._exit(code)
-        os.close(writable)
-        with open(readable) as pipe:
-            text = pipe.read()
-        if os.waitpid(pid, 0)[1]:
-            raise SystemExit(f"{{function}} failed")
-        return json.loads(text)
-
-    if sys.argv[1] in ("bench_nightly", "bench_scale"):  # they have no threads here, and start many processes
-        alone.alone = forked
+    fork_python_processes()
+    if sys.argv[1] == "bench_heads":  # it has no threads, and starts a dozen processes
+        forking = multiprocessing.get_context("fork")
+        multiprocessing.get_context = lambda method: forking
     name = f"benchmarks.{{sys.argv[1]}}"
     sys.argv = [name, *sys.argv[2:]]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -98,26 +83,7 @@ def check_heads(result):
     assert result["imagenet"]["peak_mb"] < 200
 
 
-def check_scale(result):
-    for images, found in ((int(name), each) for name, each in result["sizes"].items()):
-        new, gone = images // 1000, -(-images // 5000)
-        assert found["first"]["changes"] == {"new": images}
-        assert found["first"]["counts"]["computed"] == images
-        assert found["later"]["changes"] == {"unchanged": images - gone, "new": new, "deleted": gone}
-        assert found["later"]["counts"] == {
-            "listed": images + new - gone,
-            "computed": new,
-            "known": images - gone,
-            "rejected": 0,
-            "read": new,
-        }
-        assert all(found[kind][way]["anonymous_peak_mb"] > 0 for kind in ("first", "later") for way in WAYS)
-    assert result["bytes_per_image"].keys() == WAYS
-
-
-WAYS = {"memory", "partitions"}
 CHECKS = {
-    "bench_scale": check_scale,
     "bench_flips": check_flips,
     "bench_decode": check_decode,
     "bench_select": check_select,
@@ -139,7 +105,6 @@ CHECKS = {
         ("bench_finetune", {"cost", "choice", "seconds_in_all", "promised"}),
         ("bench_flips", {"accuracy", "gain", "extractions", "seconds_an_epoch"}),
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
-        ("bench_scale", {"sizes", "bytes_per_image"}),
         ("bench_extract", {"results", "limits"}),
         ("bench_decode", {"results", "accuracy"}),
         ("bench_multilabel", {"times_faster", "equal_predictions"}),
@@ -218,7 +183,7 @@ def check_cluster(result):
     for model in result["model"]:
         used = list(model["used"].values())
         assert used == sorted(used, reverse=True)
-        hours = 100e6 / (model["workers"] * result["assumed"]["gpu_images_s"]) / 3600
+        hours = 100e6 / (model["workers"] * 2500) / 3600
         assert model["extraction"]["hours"] == pytest.approx(
             hours * (1 + max(0, result["costs"]["overhead"])), abs=0.02
         )
