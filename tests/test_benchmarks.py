@@ -83,7 +83,26 @@ def check_heads(result):
     assert result["imagenet"]["peak_mb"] < 200
 
 
+def check_scale(result):
+    for images, found in ((int(name), each) for name, each in result["sizes"].items()):
+        new, gone = images // 1000, -(-images // 5000)
+        assert found["first"]["changes"] == {"new": images}
+        assert found["first"]["counts"]["computed"] == images
+        assert found["later"]["changes"] == {"unchanged": images - gone, "new": new, "deleted": gone}
+        assert found["later"]["counts"] == {
+            "listed": images + new - gone,
+            "computed": new,
+            "known": images - gone,
+            "rejected": 0,
+            "read": new,
+        }
+        assert all(found[kind][way]["anonymous_peak_mb"] > 0 for kind in ("first", "later") for way in WAYS)
+    assert result["bytes_per_image"].keys() == WAYS
+
+
+WAYS = {"memory", "partitions"}
 CHECKS = {
+    "bench_scale": check_scale,
     "bench_flips": check_flips,
     "bench_decode": check_decode,
     "bench_select": check_select,
@@ -105,6 +124,7 @@ CHECKS = {
         ("bench_finetune", {"cost", "choice", "seconds_in_all", "promised"}),
         ("bench_flips", {"accuracy", "gain", "extractions", "seconds_an_epoch"}),
         ("bench_nightly", {"times_the_walk", "peak_mb", "index_bytes_per_row", "compact_bytes_per_row"}),
+        ("bench_scale", {"sizes", "bytes_per_image"}),
         ("bench_extract", {"results", "limits"}),
         ("bench_decode", {"results", "accuracy"}),
         ("bench_multilabel", {"times_faster", "equal_predictions"}),
@@ -183,7 +203,7 @@ def check_cluster(result):
     for model in result["model"]:
         used = list(model["used"].values())
         assert used == sorted(used, reverse=True)
-        hours = 100e6 / (model["workers"] * 2500) / 3600
+        hours = 100e6 / (model["workers"] * result["assumed"]["gpu_images_s"]) / 3600
         assert model["extraction"]["hours"] == pytest.approx(
             hours * (1 + max(0, result["costs"]["overhead"])), abs=0.02
         )
