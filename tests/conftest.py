@@ -63,7 +63,7 @@ def sync_without_waiting() -> None:
 
 SERVER = (
     textwrap.dedent("""
-    import gc, json, os, signal, stat, sys, threading, traceback
+    import gc, importlib, json, os, signal, stat, sys, threading, traceback
     from typing import Any
     import tqdm
 
@@ -94,6 +94,12 @@ SERVER = (
         if "wait" in order:
             status = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
             print(status, flush=True)
+            continue
+        if "load" in order:
+            for name in order["load"]:
+                importlib.import_module(name)
+            gc.freeze()
+            print("loaded", flush=True)
             continue
         pid = os.fork()
         if pid:
@@ -134,6 +140,15 @@ DASK = f"""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server, should the tests be killed
     main()
 """
+FORKED_WORKERS = f"""
+    import sys
+
+    sys.path.insert(0, {str(ROOT)!r})
+    from tests.forking import fork_dask_workers
+
+    fork_dask_workers()
+"""
+"""Code of a process that will start Dask workers by nannies."""
 MAIN = "import sys; from featurepipe.cli import main; sys.exit(main())"
 
 
@@ -236,6 +251,10 @@ class Launcher:
         order |= {"stdout": str(folder / "out"), "stderr": str(folder / "err"), "seconds": seconds}
         pid = int(self.ask(order))
         return Process(self, pid, folder)
+
+    def load(self, *modules: str) -> None:
+        """Imports modules in the server, so that no process started from now on need do so."""
+        assert self.ask({"load": modules}) == "loaded\n"
 
     def close(self) -> None:
         self._server.stdin.close()

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image
 from featurepipe.backbones.pooling import POOLINGS
 from featurepipe.cli import build_parser
 from featurepipe.store.labels import read_labels
-from tests.conftest import DASK, MAIN
+from tests.conftest import DASK, FORKED_WORKERS, MAIN
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path for path in (ROOT / "docs").rglob("*.md") if "decisions" not in path.parts)
@@ -216,7 +217,9 @@ def test_three_terminals(checkout: Path, cli: Callable, launcher) -> None:
     background = [*shlex.split(lines[0]), "--port", port, "--no-dashboard"], shlex.split(lines[1])
     with ExitStack() as ended:
         for _, role, *options in background:
-            process = launcher.start(DASK.format(role=role), options, checkout, seconds=0)
+            process = launcher.start(
+                dedent(FORKED_WORKERS) + dedent(DASK.format(role=role)), options, checkout, seconds=0
+            )
             ended.callback(process.wait)
             ended.callback(process.send, signal.SIGTERM)
         outputs = []

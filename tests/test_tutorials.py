@@ -1,9 +1,12 @@
 """The notebooks of docs/tutorials run from top to bottom, and what they show is true."""
 
 import json
+import os
 import re
+import time
 from copy import deepcopy
 from pathlib import Path
+from textwrap import dedent
 
 import nbformat
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 
 from featurepipe.store import FeatureStore
-from tests.conftest import NODE_SECONDS
+from tests.conftest import FORKED_WORKERS, NODE_SECONDS, Process
 from tools.run_tutorials import as_stored
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +24,49 @@ NAMES = ["cluster-on-one-machine", "find-wrong-labels", "first-bundle", "week-of
 
 QUICK = f"from featurepipe.layer_depth import measure\nmeasure.NODE_SECONDS = {NODE_SECONDS}"
 """Before the first cell: each node is timed for an instant, as in the other tests."""
+KERNEL = f"""
+{dedent(FORKED_WORKERS)}
+import ctypes, os, signal
+import matplotlib
+from ipykernel.kernelapp import launch_new_instance
+
+os.setsid()  # it is signalled by its group
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server, should the tests be killed
+matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"  # the kernel says so too late, in the environment
+launch_new_instance()
+"""
+
+
+class Kernel:
+    """A process of the launcher as what jupyter_client has started: `subprocess.Popen`."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, process: Process) -> None:
+        self.pid, self.send_signal, self.kill = process.pid, process.send, process.kill
+        self._process, self._code = process, None
+        while os.getpgid(self.pid) != self.pid:
+            time.sleep(0.001)
+
+    def poll(self) -> int | None:
+        if self._code is None and Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].startswith("Z"):
+            self.wait()
+        return self._code
+
+    def wait(self) -> int:
+        self._code = self._process.wait().code
+        return self._code
+
+
+@pytest.fixture(autouse=True)
+def forked_kernels(launcher, monkeypatch) -> None:
+    """Kernels, and Dask workers that they start, are forks, which have loaded PyTorch and all else that takes seconds."""
+
+    def launch(command: list[str], **_: object) -> Kernel:
+        launcher.load("matplotlib.pyplot", "pandas", "ipykernel.kernelapp", "torch._dynamo")
+        return Kernel(launcher.start(KERNEL, command[command.index("-f") :], ROOT, seconds=900))
+
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", launch)
 
 
 def shown(notebook: nbformat.NotebookNode, source: str) -> dict[str, str]:
