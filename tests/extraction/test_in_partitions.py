@@ -236,7 +236,7 @@ def test_row_groups_are_those_of_one_table(count, tmp_path, monkeypatch):
     assert one.read_bytes() == many.read_bytes() == (tmp_path / "x").read_bytes()
 
 
-def nights(folder: Path, store: Path, rows: int | None) -> list[dict]:
+def nights(folder: Path, store: Path, rows: int | None, **more) -> list[dict]:
     """Runs over images that come, go, move, change and are copied; what each run counted, and the bytes of its snapshot."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (40, 28, 28), np.uint8)
@@ -262,7 +262,7 @@ def nights(folder: Path, store: Path, rows: int | None) -> list[dict]:
     for change in (lambda: None, second, lambda: None):
         change()
         with spilled(rows):
-            run = fp.extract(folder, store, max_rejects=1, **SETTINGS)
+            run = fp.extract(folder, store, max_rejects=1, **SETTINGS, **more)
             (path,) = store.glob(f"snapshots/*/{run['run_id']}.parquet")
             table = pq.read_table(path).drop_columns(["mtime_ns"])
             about = {name: run[name] for name in ("counts", "changes", "rejects", "new_rejects", "listing", "copies")}
@@ -270,11 +270,13 @@ def nights(folder: Path, store: Path, rows: int | None) -> list[dict]:
     return found
 
 
+@pytest.mark.parametrize("cluster", [False, True])
 @pytest.mark.parametrize("rows", [4])
-def test_runs_tell_and_leave_the_same(rows, tmp_path):
+def test_runs_tell_and_leave_the_same(rows, cluster, tmp_path, request):
+    there = {"cluster": request.getfixturevalue("dask_executor")} if cluster else {}
     expected = nights(tmp_path / "images", tmp_path / "memory", None)
     shutil.rmtree(tmp_path / "images")
-    found = nights(tmp_path / "images", tmp_path / "files", rows)
+    found = nights(tmp_path / "images", tmp_path / "files", rows, **there)
     assert found == expected
     assert Counter(found[1]["changes"]) == Counter(
         new=6, moved=1, copied=1, changed=1, deleted=1, unchanged=17, still_rejected=1
