@@ -336,6 +336,15 @@ def dask_executor(cluster_address: str, said: list[str]) -> Iterator[DaskExecuto
         yield dask_executor
 
 
+@pytest.fixture
+def thread_executor(said: list[str]) -> Iterator[DaskExecutor]:
+    """An executor on two workers that are threads of this process: for what is neither Dask's nor a process' own."""
+    from tests.thread_cluster import executor_on_threads
+
+    with executor_on_threads(said.append) as thread_executor:
+        yield thread_executor
+
+
 class Processes:
     """What a user would start in terminals: `dask scheduler`, and `dask worker` so many times. Each can be killed."""
 

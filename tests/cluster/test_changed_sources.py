@@ -46,23 +46,23 @@ def keys(store: Path) -> list[bytes]:
 
 
 def test_the_workers_of_the_run_before_open_an_archive_that_was_replaced(
-    tmp_path: Path, dask_executor: DaskExecutor
+    tmp_path: Path, thread_executor: DaskExecutor
 ) -> None:
     for seeds in (range(6), range(100, 106)):
         replace(tmp_path / "s.tar", seeds)
-        record = extract(tmp_path / "s.tar", tmp_path / "store", cluster=dask_executor, **OPTIONS)
+        record = extract(tmp_path / "s.tar", tmp_path / "store", cluster=thread_executor, **OPTIONS)
         assert record["counts"]["computed"] == 6
         expected = [hashlib.sha256(encoded(seed).ljust(4000, b"\0")).digest() for seed in seeds]
         assert keys(tmp_path / "store") == expected
 
 
-def test_arrays_that_were_replaced(tmp_path: Path, dask_executor: DaskExecutor) -> None:
+def test_arrays_that_were_replaced(tmp_path: Path, thread_executor: DaskExecutor) -> None:
     for value in (3, 4):
         np.savez(
             tmp_path / "a.npz",
             x=np.full((5, 30, 30), value, np.uint8) + np.arange(5, dtype=np.uint8)[:, None, None] * 9,
         )
-        record = extract(tmp_path / "a.npz", tmp_path / "store", cluster=dask_executor, **OPTIONS)
+        record = extract(tmp_path / "a.npz", tmp_path / "store", cluster=thread_executor, **OPTIONS)
         assert (record["counts"]["computed"], record["counts"]["rejected"]) == (5, 0)
 
 

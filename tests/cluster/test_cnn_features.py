@@ -38,6 +38,6 @@ def test_workers_compute_what_the_store_lacks(paths, dask_executor, cluster_addr
     assert len(FeatureStore(tmp_path / "there").runs()) == 1  # nothing was left to compute
 
 
-def test_without_a_store_there_is_nothing_to_share(paths, cluster_address):
+def test_without_a_store_there_is_nothing_to_share(paths, thread_executor):
     with pytest.raises(UsageError, match="give store=DIR"):
-        transformer(None, cluster=cluster_address).fit(paths)
+        transformer(None, cluster=thread_executor).fit(paths)

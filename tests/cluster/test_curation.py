@@ -23,11 +23,11 @@ def marked(pile):
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_this_process(marked, cluster_address, monkeypatch):
+def test_answers_are_those_of_this_process(marked, thread_executor, monkeypatch):
     monkeypatch.setattr(
         "featurepipe.curation.outliers.REFERENCE", 90
     )  # fewer than there are: the farthest are compared anew
-    there = {"cluster": cluster_address, "silent": True}
+    there = {"cluster": thread_executor, "silent": True}
     ids = ["20.png", "far.png", "179.png"]
     for distance in ("cosine", "euclidean"):
         here = fp.similar(marked, query_ids=ids, distance=distance, top=70, index="never", silent=True)

@@ -87,7 +87,7 @@ def test_all_numbers_are_those_of_a_local_comparison(pictures, local, dask_execu
     ],
 )
 def test_several_labels_and_numbers_of_groups_are_those_of_a_local_comparison(
-    local, dask_executor, tmp_path, kind, roles
+    local, thread_executor, tmp_path, kind, roles
 ):
     ids = [f"{'left' if number % 2 else 'upper'}/{number:03d}.png" for number in range(48)]
     labels = pa.table(
@@ -105,7 +105,7 @@ def test_several_labels_and_numbers_of_groups_are_those_of_a_local_comparison(
         | {"labels": labels, "seeds": 1}
     )
     answers = []
-    for name, options in (("here", {"jobs": 1}), ("there", {"cluster": dask_executor})):
+    for name, options in (("here", {"jobs": 1}), ("there", {"cluster": thread_executor})):
         shutil.copytree(local[1], tmp_path / name)
         answers.append(depth(FeatureStore(tmp_path / name), **options, **same))
     here, there = answers
@@ -114,23 +114,23 @@ def test_several_labels_and_numbers_of_groups_are_those_of_a_local_comparison(
 
 
 @pytest.mark.slow
-def test_images_from_elsewhere_are_tested_on_there_too(pictures, dask_executor, tmp_path):
+def test_images_from_elsewhere_are_tested_on_there_too(pictures, thread_executor, tmp_path):
     asked = {**OPTIONS, "heads": ["knn"], "test_source": draw(tmp_path / "other", 20, start=1000)}
     here = depth(pictures, tmp_path / "here", jobs=1, **asked)
-    there = depth(pictures, tmp_path / "there", cluster=dask_executor, **asked)
+    there = depth(pictures, tmp_path / "there", cluster=thread_executor, **asked)
     assert numbers(there) == numbers(here)
     assert here["details_shifted"]["metrics"]["accuracy"]["value"] > 0
 
 
-def test_the_second_time_nothing_is_measured(pictures, local, dask_executor, monkeypatch):
+def test_the_second_time_nothing_is_measured(pictures, local, thread_executor, monkeypatch):
     """The journal of a local comparison serves one on a cluster."""
     monkeypatch.setattr(measuring, "measure_cells", lambda *_: pytest.fail("measured again"))
-    answer = depth(pictures, local[1], cluster=dask_executor, **OPTIONS)
+    answer = depth(pictures, local[1], cluster=thread_executor, **OPTIONS)
     assert answer["results"] == local[0]["results"]  # the seconds, too
 
 
 @pytest.mark.slow
-def test_wide_cells_have_a_worker_to_themselves(local, dask_executor, tmp_path, monkeypatch):
+def test_wide_cells_have_a_worker_to_themselves(local, thread_executor, tmp_path, monkeypatch):
     shutil.copytree(local[1], tmp_path / "store")
     journal_of(tmp_path / "store").path.unlink()
     monkeypatch.setattr(measuring, "SMALL_VALUES", 10)
@@ -142,7 +142,7 @@ def test_wide_cells_have_a_worker_to_themselves(local, dask_executor, tmp_path, 
 
     monkeypatch.setattr(measuring.Measuring, "of", spy)
     same = {name: OPTIONS[name] for name in ("dataset", "nodes", "heads", "folds", "seeds", "silent")}
-    answer = depth(FeatureStore(tmp_path / "store"), cluster=dask_executor, **same)
+    answer = depth(FeatureStore(tmp_path / "store"), cluster=thread_executor, **same)
     assert given == [True, True, True]  # single columns, side by side, and what heads say of each image
     assert numbers(answer)["results"] == numbers(local[0])["results"]
 
@@ -151,9 +151,9 @@ def test_wide_cells_have_a_worker_to_themselves(local, dask_executor, tmp_path, 
 
 
 @pytest.mark.slow
-def test_little_travels_with_each_cell(pictures, local, dask_executor, monkeypatch, tmp_path):
+def test_little_travels_with_each_cell(pictures, local, thread_executor, monkeypatch, tmp_path):
     """The study goes to a worker once; a shard names a column and a fold."""
-    sizes, original = [], dask_executor.map
+    sizes, original = [], thread_executor.map
 
     def mapped(function, shards, **options):
         def watched():
@@ -164,8 +164,8 @@ def test_little_travels_with_each_cell(pictures, local, dask_executor, monkeypat
 
         return original(function, watched(), **options)
 
-    monkeypatch.setattr(dask_executor, "map", mapped)
-    depth(pictures, tmp_path / "store", cluster=dask_executor, **{**OPTIONS, "heads": ["knn"]})
+    monkeypatch.setattr(thread_executor, "map", mapped)
+    depth(pictures, tmp_path / "store", cluster=thread_executor, **{**OPTIONS, "heads": ["knn"]})
     assert len(sizes) >= CELLS
     assert max(sizes) < 1000
 
@@ -174,7 +174,7 @@ def test_little_travels_with_each_cell(pictures, local, dask_executor, monkeypat
 
 
 @pytest.mark.slow
-def test_a_signal_ends_it_at_once_and_the_next_call_goes_on(pictures, local, dask_executor, tmp_path, monkeypatch):
+def test_a_signal_ends_it_at_once_and_the_next_call_goes_on(pictures, local, thread_executor, tmp_path, monkeypatch):
     request, original, kept = StopRequest(), Journal.add, []
 
     def add(self, key, cells):
@@ -188,10 +188,10 @@ def test_a_signal_ends_it_at_once_and_the_next_call_goes_on(pictures, local, das
     with pytest.raises(
         Interrupted, match=r"stopped by SIGTERM: \d+ of \d+ fits are measured and kept; the same command goes on"
     ):
-        depth(pictures, tmp_path / "store", cluster=dask_executor, **OPTIONS)
+        depth(pictures, tmp_path / "store", cluster=thread_executor, **OPTIONS)
     assert 3 <= len(kept) < CELLS
     request.signal_number = None
-    answer = depth(pictures, tmp_path / "store", cluster=dask_executor, **OPTIONS)
+    answer = depth(pictures, tmp_path / "store", cluster=thread_executor, **OPTIONS)
     assert numbers(answer) == numbers(local[0])
     single = kept[:CELLS]
     assert len(set(map(str, single))) == CELLS  # no cell was measured twice

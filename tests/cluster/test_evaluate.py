@@ -25,9 +25,9 @@ def dataset(zoo):
     return zoo
 
 
-def test_all_numbers_are_those_of_a_local_evaluation(dataset, cluster_address):
+def test_all_numbers_are_those_of_a_local_evaluation(dataset, thread_executor):
     here = evaluate(dataset.trained, dataset.store, bootstrap=50, silent=True)
-    there = evaluate(dataset.trained, dataset.store, bootstrap=50, cluster=cluster_address, silent=True)
+    there = evaluate(dataset.trained, dataset.store, bootstrap=50, cluster=thread_executor, silent=True)
     assert here.pop("seconds") > 0
     assert there.pop("seconds") > 0
     assert there == here
@@ -35,7 +35,7 @@ def test_all_numbers_are_those_of_a_local_evaluation(dataset, cluster_address):
     assert 0.5 < here["metrics"]["accuracy"]["value"] < 1
 
 
-def test_scores_come_in_order_and_features_stay_away(dataset, dask_executor, monkeypatch):
+def test_scores_come_in_order_and_features_stay_away(dataset, thread_executor, monkeypatch):
     """Each of two workers scores its half; this process reads no feature."""
     scored, original = [], Bundle.probabilities
 
@@ -46,21 +46,21 @@ def test_scores_come_in_order_and_features_stay_away(dataset, dask_executor, mon
         return scored[-1][1]
 
     monkeypatch.setattr(Bundle, "probabilities", probabilities)
-    evaluate(dataset.trained, dataset.store, bootstrap=0, cluster=dask_executor, silent=True)
+    evaluate(dataset.trained, dataset.store, bootstrap=0, cluster=thread_executor, silent=True)
     ((features, found),) = scored
     assert len(features.row_shards().places) == 2
     np.testing.assert_allclose(found, original(dataset.trained, features.features), rtol=1e-12)
 
 
-def test_a_store_that_no_worker_sees_is_an_error_by_name(dataset, dask_executor, monkeypatch):
+def test_a_store_that_no_worker_sees_is_an_error_by_name(dataset, thread_executor, monkeypatch):
     """Here the store's folder is one place for all, so what the client shows to workers is put elsewhere."""
     original = Path.write_text
     monkeypatch.setattr(Path, "write_text", lambda path, text: original(path.with_name("elsewhere"), text))
     with pytest.raises(ClusterError, match=r"no worker of tcp://.* can be used: .*does not see the store"):
-        evaluate(dataset.trained, dataset.store, cluster=dask_executor, silent=True)
+        evaluate(dataset.trained, dataset.store, cluster=thread_executor, silent=True)
 
 
-def test_a_part_that_is_gone_is_an_error_of_ours(dataset, dask_executor, monkeypatch):
+def test_a_part_that_is_gone_is_an_error_of_ours(dataset, thread_executor, monkeypatch):
     original = Bundle.probabilities
 
     def probabilities(self, features):
@@ -70,4 +70,4 @@ def test_a_part_that_is_gone_is_an_error_of_ours(dataset, dask_executor, monkeyp
 
     monkeypatch.setattr(Bundle, "probabilities", probabilities)
     with pytest.raises(StoreError, match="is gone"):
-        evaluate(dataset.trained, dataset.store, cluster=dask_executor, silent=True)
+        evaluate(dataset.trained, dataset.store, cluster=thread_executor, silent=True)

@@ -15,6 +15,7 @@ from featurepipe.execution import DaskExecutor
 from featurepipe.extraction import compute
 from featurepipe.extraction.extract import extract
 from featurepipe.extraction.shards import ShardSizes
+from featurepipe.extraction.text import text
 from featurepipe.features.session import check_travels
 from featurepipe.images import open_source
 from featurepipe.interrupt import StopRequest
@@ -108,29 +109,33 @@ def test_the_record_says_who_did_what(photos: Path, dask_executor: DaskExecutor,
     assert all(worker["seconds"] > 0 and worker["verdict"] for worker in cluster["workers"])
     (kept,) = FeatureStore(tmp_path / "store").runs()
     assert kept["cluster"] == cluster
-    assert "cluster" not in run(photos, tmp_path / "alone")
+    (line,) = [line for line in text(record).splitlines() if line.startswith("2 workers (worker ")]
+    assert sum(int(said.split(" images")[0].split()[-1]) for said in line.split("; ")) == 90
+    alone = run(photos, tmp_path / "alone")
+    assert "cluster" not in alone
+    assert "workers (" not in text(alone)
 
 
-def test_a_second_night_computes_only_what_is_new(photos: Path, dask_executor: DaskExecutor, tmp_path: Path) -> None:
+def test_a_second_night_computes_only_what_is_new(photos: Path, thread_executor: DaskExecutor, tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(photos, store)  # begun on one machine, and gone on with on workers
-    again = run(photos, store, dask_executor)
+    again = run(photos, store, thread_executor)
     assert again["counts"] == {"listed": 90, "computed": 0, "known": 87, "rejected": 3, "read": 0}
     (photos / "a" / "new.png").write_bytes(encoded(900))
     (photos / "a" / "moved.png").write_bytes((photos / "b" / "001.png").read_bytes())
     (photos / "b" / "001.png").unlink()
-    third = run(photos, store, dask_executor)
+    third = run(photos, store, thread_executor)
     assert third["counts"] == {"listed": 91, "computed": 1, "known": 87, "rejected": 3, "read": 2}
     assert third["changes"]["moved"] == 1
-    wider = run(photos, store, dask_executor, nodes=["s2:gap", "bottleneck"])
+    wider = run(photos, store, thread_executor, nodes=["s2:gap", "bottleneck"])
     assert wider["computed_by_column"] == {"s2:gap": 78, "f6.1:gap": 0}
     run(photos, tmp_path / "alone", nodes=["s2:gap", "bottleneck"])
     same_features(store, tmp_path / "alone", node="s2:gap")
 
 
-def test_too_many_rejects_end_as_on_one_machine(photos: Path, dask_executor: DaskExecutor, tmp_path: Path) -> None:
+def test_too_many_rejects_end_as_on_one_machine(photos: Path, thread_executor: DaskExecutor, tmp_path: Path) -> None:
     said = []
-    for number, who in enumerate((None, dask_executor)):
+    for number, who in enumerate((None, thread_executor)):
         store = tmp_path / str(number)
         with pytest.raises(TooManyRejects) as caught:
             run(photos, store, who, max_rejects=2)
@@ -138,27 +143,27 @@ def test_too_many_rejects_end_as_on_one_machine(photos: Path, dask_executor: Das
         assert len(rejects(store)) == 3
         assert FeatureStore(store).snapshot("photos") is None
     assert said[0] == said[1]
-    assert run(photos, tmp_path / "1", dask_executor)["counts"]["computed"] == 0  # features of all others were kept
+    assert run(photos, tmp_path / "1", thread_executor)["counts"]["computed"] == 0  # features of all others were kept
 
 
 def test_no_time_is_left(
-    photos: Path, dask_executor: DaskExecutor, tmp_path: Path, slow_folder: Any, monkeypatch: pytest.MonkeyPatch
+    photos: Path, thread_executor: DaskExecutor, tmp_path: Path, slow_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time is over as soon as something is committed."""
     is_over = property(lambda _self: any((tmp_path / "store").glob("spaces/*/parts/*.h5")))
     monkeypatch.setattr(StopRequest, "out_of_time", is_over)
-    record = run(slow_folder(photos, 0.05), tmp_path / "store", dask_executor, time_budget=1000.0, dataset="photos")
+    record = run(slow_folder(photos, 0.05), tmp_path / "store", thread_executor, time_budget=1000.0, dataset="photos")
     monkeypatch.undo()
     assert (record["status"], record["exit_code"]) == ("out of time", 0)
     assert 0 < record["counts"]["computed"] < 77
     rows = sum(part.rows for part in FeatureStore(tmp_path / "store").spaces()[0].parts())
     assert rows == record["counts"]["computed"]
-    rest = run(photos, tmp_path / "store", dask_executor)
+    rest = run(photos, tmp_path / "store", thread_executor)
     assert rest["counts"]["computed"] == 77 - rows
 
 
 def test_the_disk_floor_holds(
-    photos: Path, dask_executor: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_folder: Any
+    photos: Path, thread_executor: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_folder: Any
 ) -> None:
     from featurepipe.errors import DiskFull
     from featurepipe.extraction.limits import DiskFloor
@@ -168,7 +173,7 @@ def test_the_disk_floor_holds(
         DiskFloor, "__call__", lambda self: vars(self).setdefault("n", 0) or _reached(self, next(looks))
     )
     with pytest.raises(DiskFull, match="less than the"):
-        run(slow_folder(photos, 0.03), tmp_path / "store", dask_executor, min_free="1GB", dataset="photos")
+        run(slow_folder(photos, 0.03), tmp_path / "store", thread_executor, min_free="1GB", dataset="photos")
 
 
 def _reached(floor: Any, look: int) -> bool:
@@ -177,42 +182,44 @@ def _reached(floor: Any, look: int) -> bool:
 
 
 def test_auto_is_measured_by_a_worker_and_settled_once(
-    photos: Path, dask_executor: DaskExecutor, tmp_path: Path
+    photos: Path, thread_executor: DaskExecutor, tmp_path: Path
 ) -> None:
     alone = run(photos, tmp_path / "here", precision="auto")
-    together = run(photos, tmp_path / "there", dask_executor, precision="auto")
+    together = run(photos, tmp_path / "there", thread_executor, precision="auto")
     assert together["settings"] == alone["settings"]
     assert together["machine"]["device"] == alone["machine"]["device"]
     assert together["fingerprint"] == alone["fingerprint"]
 
 
 def test_a_dry_run_times_a_worker_and_changes_nothing(
-    photos: Path, dask_executor: DaskExecutor, tmp_path: Path
+    photos: Path, thread_executor: DaskExecutor, tmp_path: Path
 ) -> None:
-    estimate = run(photos, tmp_path / "store", dask_executor, dry_run=True)
+    estimate = run(photos, tmp_path / "store", thread_executor, dry_run=True)
     assert (estimate["to_read"], estimate["sampled"]) == (90, 64)
     assert estimate["images_per_second"] > 0
     assert not (tmp_path / "store").exists()
 
 
-def test_small_arrays_travel_and_large_ones_are_refused(dask_executor: DaskExecutor, tmp_path: Path) -> None:
+def test_small_arrays_travel_and_large_ones_are_refused(thread_executor: DaskExecutor, tmp_path: Path) -> None:
     arrays = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
-    assert run(arrays, tmp_path / "a", dask_executor)["counts"]["computed"] == 20
+    assert run(arrays, tmp_path / "a", thread_executor)["counts"]["computed"] == 20
     large = np.zeros((6000, 28, 28), np.uint8)
     with pytest.raises(UsageError, match=r"memory:memory holds 5 MiB in memory.* images come from where every worker"):
-        run(large, tmp_path / "b", dask_executor)
+        run(large, tmp_path / "b", thread_executor)
 
 
-def test_a_source_that_cannot_be_pickled_is_refused(photos: Path, dask_executor: DaskExecutor, tmp_path: Path) -> None:
+def test_a_source_that_cannot_be_pickled_is_refused(
+    photos: Path, thread_executor: DaskExecutor, tmp_path: Path
+) -> None:
     source = open_source(photos)
     source.socket = (n for n in ())  # type: ignore[attr-defined]
     with pytest.raises(
         UsageError, match=r"photos cannot be sent to workers \(.*generator.*\); on a cluster, images come"
     ):
-        run(source, tmp_path / "store", dask_executor)
+        run(source, tmp_path / "store", thread_executor)
 
 
-def test_every_kind_of_source_is_read_by_workers(photos: Path, dask_executor: DaskExecutor, tmp_path: Path) -> None:
+def test_every_kind_of_source_is_read_by_workers(photos: Path, thread_executor: DaskExecutor, tmp_path: Path) -> None:
     import tarfile
 
     with tarfile.open(tmp_path / "birds.tar", "w") as tar:
@@ -220,9 +227,9 @@ def test_every_kind_of_source_is_read_by_workers(photos: Path, dask_executor: Da
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(str(path) for path in sorted(photos.rglob("0*.png"))))
     pixels = np.random.default_rng(0).integers(0, 256, (30, 28, 28), dtype=np.uint8)
     np.savez(tmp_path / "arrays.npz", images=pixels)
-    assert run(tmp_path / "birds.tar", tmp_path / "store", dask_executor)["counts"]["computed"] == 77
-    assert run(tmp_path / "list.csv", tmp_path / "store", dask_executor)["counts"]["known"] == 77
-    assert run(tmp_path / "arrays.npz", tmp_path / "store", dask_executor)["counts"]["computed"] == 30
+    assert run(tmp_path / "birds.tar", tmp_path / "store", thread_executor)["counts"]["computed"] == 77
+    assert run(tmp_path / "list.csv", tmp_path / "store", thread_executor)["counts"]["known"] == 77
+    assert run(tmp_path / "arrays.npz", tmp_path / "store", thread_executor)["counts"]["computed"] == 30
 
 
 def test_relative_paths_mean_the_clients_folder(
@@ -271,22 +278,22 @@ def test_a_worker_with_other_weights_is_refused_by_name(
 
 @pytest.mark.slow
 def test_a_source_that_no_worker_can_read_ends_the_run(
-    photos: Path, dask_executor: DaskExecutor, tmp_path: Path, slow_folder: Any
+    photos: Path, thread_executor: DaskExecutor, tmp_path: Path, slow_folder: Any
 ) -> None:
     class Elsewhere(slow_folder):
         def read(self, locator: bytes) -> Any:
             raise SourceError("the share is not mounted")
 
-    dask_executor.patience = 1
+    thread_executor.patience = 1
     try:
         with pytest.raises(ClusterError, match=r"it cannot read the source: the share is not mounted"):
-            run(Elsewhere(photos, 0), tmp_path / "store", dask_executor, dataset="photos")
+            run(Elsewhere(photos, 0), tmp_path / "store", thread_executor, dataset="photos")
     finally:
-        dask_executor.refused.clear()
+        thread_executor.refused.clear()
     assert FeatureStore(tmp_path / "store").snapshot("photos") is None
 
 
-def test_few_bytes_pass_through_the_scheduler(photos: Path, dask_executor: DaskExecutor, tmp_path: Path) -> None:
+def test_few_bytes_pass_through_the_scheduler(photos: Path, thread_executor: DaskExecutor, tmp_path: Path) -> None:
     """What is sent and what comes back, as Dask would serialise it, beside the images' and the features' own bytes."""
     import pickle
 
@@ -294,7 +301,7 @@ def test_few_bytes_pass_through_the_scheduler(photos: Path, dask_executor: DaskE
 
     class Counting(DaskExecutor):
         def __init__(self) -> None:
-            self.__dict__.update(vars(dask_executor))
+            self.__dict__.update(vars(thread_executor))
 
         def map(self, function: Any, shards: Any, *, context: Any = None, **options: Any) -> Any:
             common = len(cloudpickle.dumps((function, context)))
@@ -322,13 +329,13 @@ def test_the_network_is_loaded_once_per_process(photos: Path, dask_executor: Das
 
 def test_progress_shows_images_and_workers(
     photos: Path,
-    dask_executor: DaskExecutor,
+    thread_executor: DaskExecutor,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(Lines.__init__.__kwdefaults__, "every", 0.0)
-    run(photos, tmp_path / "store", dask_executor, silent=False)
+    run(photos, tmp_path / "store", thread_executor, silent=False)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("extract:")]
     assert lines[-1].startswith("extract: 90 of 90 images")
     assert lines[-1].endswith("-bound, 2 workers")
@@ -349,16 +356,6 @@ def test_the_command_line_names_a_cluster(photos: Path, cluster_address: str, tm
     ]
     assert main([*arguments, "--max-rejects", "3", "--scheduler", cluster_address, "--quiet", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["counts"]["computed"] == 77
-
-
-def test_the_summary_says_who_did_how_much(photos: Path, dask_executor: DaskExecutor, tmp_path: Path) -> None:
-    from featurepipe.extraction.text import text
-
-    record = run(photos, tmp_path / "store", dask_executor)
-    (line,) = [line for line in text(record).splitlines() if line.startswith("2 workers (worker ")]
-    counts = [int(said.split(" images")[0].split()[-1]) for said in line.split("; ")]
-    assert sum(counts) == 90
-    assert "workers (" not in text(run(photos, tmp_path / "alone"))
 
 
 def test_a_source_in_this_process_memory_is_refused_before_any_work() -> None:

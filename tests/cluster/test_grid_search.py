@@ -83,12 +83,12 @@ def test_a_fit_that_fails_is_no_number_in_a_table(recipe, features, dask_executo
         recipe.search_on(dask_executor, features, {"logisticregression__C": [-1.0]})
 
 
-def test_features_that_no_worker_can_hold_are_refused(recipe, features, dask_executor, monkeypatch):
-    recipe.check_room(dask_executor, features)
-    workers = [replace(worker, memory_limit=1000) for worker in dask_executor.workers()]
-    monkeypatch.setattr(dask_executor, "workers", lambda: workers)
+def test_features_that_no_worker_can_hold_are_refused(recipe, features, thread_executor, monkeypatch):
+    recipe.check_room(thread_executor, features)
+    workers = [replace(worker, memory_limit=1000) for worker in thread_executor.workers()]
+    monkeypatch.setattr(thread_executor, "workers", lambda: workers)
     with pytest.raises(SystemExit, match="give workers fewer threads or more memory"):
-        recipe.check_room(dask_executor, features)
+        recipe.check_room(thread_executor, features)
 
 
 @pytest.mark.slow

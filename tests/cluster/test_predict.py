@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 
+import distributed
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -122,15 +123,15 @@ def test_the_command_names_a_scheduler(album, local, cli, cluster_address, tmp_p
     assert sum(int(count) for count in re.findall(r" (\d+) images", line)) == COUNT + 1
 
 
-def test_without_a_file_it_counts(album, cluster_address):
-    record = album.predict(None, cluster=cluster_address)
+def test_without_a_file_it_counts(album, thread_executor):
+    record = album.predict(None, cluster=thread_executor)
     assert record["file"] is None
     assert record["counts"]["predicted"] == COUNT - 1
 
 
-def test_too_many_rejects_leave_the_file_as_locally(album, local, cluster_address, tmp_path):
+def test_too_many_rejects_leave_the_file_as_locally(album, local, thread_executor, tmp_path):
     with pytest.raises(TooManyRejects, match=r"2 of 151 images .* first: a/!.png: empty: 0 bytes; .* holds all"):
-        album.predict(tmp_path / "out.csv", max_rejects=1, cluster=cluster_address)
+        album.predict(tmp_path / "out.csv", max_rejects=1, cluster=thread_executor)
     assert (tmp_path / "out.csv").read_bytes() == (local / "out.csv").read_bytes()
 
 
@@ -138,14 +139,14 @@ def test_too_many_rejects_leave_the_file_as_locally(album, local, cluster_addres
 
 
 def test_what_comes_early_waits_and_the_flow_does_not_run_ahead(
-    album, local, dask_executor, tmp_path, monkeypatch, slow_folder
+    album, local, thread_executor, tmp_path, monkeypatch, slow_folder
 ):
     """The first shard takes long; shards of 8 make 19, of which 3 for each of two workers may be begun beyond it."""
     monkeypatch.setattr(shards, "WholeBatches", lambda batch, most: Eights())
     begun, taken = [], []
     monkeypatch.setattr(WorkerTotals, "add", lambda self, images, run: taken.append(images))
     monkeypatch.setattr(shards, "cut", partial(watched, shards.cut, lambda shard: begun.append((shard, len(taken)))))
-    album.predict(tmp_path / "out.csv", source=slow_folder(album.root, {"a/000": 2.0}), cluster=dask_executor)
+    album.predict(tmp_path / "out.csv", source=slow_folder(album.root, {"a/000": 2.0}), cluster=thread_executor)
     assert taken == [8] * 18 + [7]
     before = [shard.number for shard, count in begun if count == 0]
     assert 2 < max(before) <= 6
@@ -181,7 +182,7 @@ def test_shards_are_whole_batches(rate):
 
 
 def test_workers_keep_what_is_damaged_where_asked_and_tell_of_it(
-    album, dask_executor, tmp_path, monkeypatch, noisy_jpeg
+    album, thread_executor, tmp_path, monkeypatch, noisy_jpeg
 ):
     monkeypatch.setattr(shards, "WholeBatches", lambda batch, most: Eights())
     source = tmp_path / "pile"
@@ -190,17 +191,17 @@ def test_workers_keep_what_is_damaged_where_asked_and_tell_of_it(
         (source / f"{number:02d}.jpg").write_bytes(noisy_jpeg(number, damaged=number in (3, 17)))
     found = [
         album.predict(tmp_path / f"{name}.csv", source=source, damaged="keep", **where)
-        for name, where in {"here": {}, "there": {"cluster": dask_executor}}.items()
+        for name, where in {"here": {}, "there": {"cluster": thread_executor}}.items()
     ]
     assert (tmp_path / "here.csv").read_bytes() == (tmp_path / "there.csv").read_bytes()
     assert found[0]["damaged"] == found[1]["damaged"]
     assert [image["id"] for image in found[1]["damaged"]["images"]] == ["03.jpg", "17.jpg"]
-    assert album.predict(None, source=source, cluster=dask_executor)["damaged"]["kept"] == 0
+    assert album.predict(None, source=source, cluster=thread_executor)["damaged"]["kept"] == 0
     with pytest.raises(UsageError, match="unknown damaged 'repair'"):
-        album.predict(None, source=source, cluster=dask_executor, damaged="repair")
+        album.predict(None, source=source, cluster=thread_executor, damaged="repair")
 
 
-def test_workers_tell_what_they_ignored_of_a_file_of_weights(album, dask_executor, tmp_path):
+def test_workers_tell_what_they_ignored_of_a_file_of_weights(album, thread_executor, tmp_path):
     state = load_backbone("lenet5", "none").module.state_dict()
     more = {name: value + 1 for name, value in state.items()}
     torch.save({"state_dict": state, "state_dict_ema": more}, tmp_path / "two.pt")
@@ -208,18 +209,25 @@ def test_workers_tell_what_they_ignored_of_a_file_of_weights(album, dask_executo
     backbone, space = {**bundle.backbone, "weights": "file"}, {**bundle.space, **own.identity()}
     write_bundle(tmp_path / "bundle", replace(bundle, backbone=backbone, space=space))
     options = {"weights": tmp_path / "two.pt", "max_rejects": 2, "workers": 1, "silent": True}
-    record = predict(tmp_path / "bundle", album.root, cluster=dask_executor, **options)
+    record = predict(tmp_path / "bundle", album.root, cluster=thread_executor, **options)
     assert record["weights_note"] == "the file holds other tensors as well, which are ignored: ['state_dict_ema']"
 
 
 # Who may take part
 
 
-def test_a_bundle_that_no_worker_sees_is_an_error_before_any_work(album, dask_executor, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "digest_of", lambda _folder: "of another bundle")
+def test_a_bundle_that_no_worker_sees_is_an_error_before_any_work(album, thread_executor, said, tmp_path, monkeypatch):
+    def digest(folder):
+        try:
+            distributed.get_worker()
+        except ValueError:  # at the client
+            return digest_of(folder)
+        return "of another bundle"
+
+    monkeypatch.setattr(shards, "digest_of", digest)
     monkeypatch.setattr(shards, "predict_shard", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ClusterError, match=r"no worker of tcp://.* can be used: .*another bundle is at .*/bundle"):
-        album.predict(tmp_path / "out.csv", cluster=dask_executor)
+        album.predict(tmp_path / "out.csv", cluster=thread_executor)
     assert not list(tmp_path.iterdir())
     assert len([line for line in said if "is not used: another bundle is at" in line]) == 2
 
@@ -249,10 +257,10 @@ def test_a_bundle_or_images_in_this_process_cannot_be_seen_by_workers(album, tmp
         predict(read_bundle(album.bundle), album.root, cluster="local:2", silent=True)
 
 
-def test_images_in_memory_do_not_travel(album, cluster_address):
+def test_images_in_memory_do_not_travel(album, thread_executor):
     pixels = np.zeros((2000, 50, 50), np.uint8)
     with pytest.raises(UsageError, match=r"MiB in memory.*folder"):
-        album.predict(None, source=pixels, cluster=cluster_address)
+        album.predict(None, source=pixels, cluster=thread_executor)
 
 
 ONE = Worker("one", 1, is_local=False)
@@ -286,7 +294,7 @@ def test_workers_load_the_network_once(album, monkeypatch):
 # Stops and kills
 
 
-def test_a_stop_leaves_no_file(album, dask_executor, tmp_path, monkeypatch, slow_folder):
+def test_a_stop_leaves_no_file(album, thread_executor, tmp_path, monkeypatch, slow_folder):
     """Signals reach the main thread alone, so here a request is met by hand."""
     request = StopRequest()
     monkeypatch.setattr("featurepipe.prediction.predict.stop_on_signals", lambda: at(request, 1.0))
@@ -295,7 +303,7 @@ def test_a_stop_leaves_no_file(album, dask_executor, tmp_path, monkeypatch, slow
     with pytest.raises(
         Interrupted, match=r"stopped by SIGTERM: .* of 151 images were predicted, and no file was written"
     ):
-        album.predict(tmp_path / "out.csv", source=source, cluster=dask_executor)
+        album.predict(tmp_path / "out.csv", source=source, cluster=thread_executor)
     assert time.monotonic() - start < 20  # all of b/ takes 50 s on one of the workers
     assert not list(tmp_path.iterdir())
 
@@ -374,13 +382,13 @@ def test_sigterm_ends_the_command_without_a_file(album, launcher, cluster_addres
         ({"multilabel": "kinds"}, [("a|odd", "b", "none")[number % 3] for number in range(COUNT)]),
     ],
 )
-def test_numbers_and_several_labels_are_those_of_one_process(album, dask_executor, tmp_path, role, values):
+def test_numbers_and_several_labels_are_those_of_one_process(album, thread_executor, tmp_path, role, values):
     ids = [f"{'abc'[number % 3]}/{number:03d}.png" for number in range(COUNT)]
     labels = pa.table({"id": ids, next(iter(role.values())): values})
     made = {"out": tmp_path / "bundle", "head": "ridge", "labels": labels, "silent": True}
     train(album.store, **made, **role)
     files = {}
-    for name, where in {"here": {}, "there": {"cluster": dask_executor}}.items():
+    for name, where in {"here": {}, "there": {"cluster": thread_executor}}.items():
         options = {"max_rejects": 2, "batch_size": BATCH, "workers": 1, "silent": True, **where}
         from_images = predict(tmp_path / "bundle", album.root, tmp_path / f"{name}.csv", **options)
         stored = predict_features(
@@ -400,10 +408,10 @@ def test_numbers_and_several_labels_are_those_of_one_process(album, dask_executo
 # From stored features
 
 
-def test_predictions_on_stored_features_are_those_of_one_process(album, cluster_address, tmp_path):
+def test_predictions_on_stored_features_are_those_of_one_process(album, thread_executor, tmp_path):
     here = predict_features(album.bundle, album.store, tmp_path / "here.parquet", dataset="album", silent=True)
     there = predict_features(
-        album.bundle, album.store, tmp_path / "there.parquet", dataset="album", cluster=cluster_address, silent=True
+        album.bundle, album.store, tmp_path / "there.parquet", dataset="album", cluster=thread_executor, silent=True
     )
     one, other = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("here", "there"))
     assert one.drop_columns(one.column_names[2:]).equals(other.drop_columns(other.column_names[2:]))

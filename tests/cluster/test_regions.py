@@ -44,7 +44,7 @@ def features(store):
     return dict(zip(found.ids, found.read(np.float32), strict=True))
 
 
-def test_boxes_on_workers_are_those_of_a_local_run(boxes, dask_executor, tmp_path, monkeypatch):
+def test_boxes_on_workers_are_those_of_a_local_run(boxes, thread_executor, tmp_path, monkeypatch):
     monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=5, most=5))
     # Batches of one image, since the last digit moves with the company of a batch.
     options = {
@@ -52,7 +52,7 @@ def test_boxes_on_workers_are_those_of_a_local_run(boxes, dask_executor, tmp_pat
         "max_rejects": 1, "silent": True,
     }  # fmt: skip
     alone = extract(boxes, tmp_path / "here", **options)
-    together = extract(boxes, tmp_path / "there", cluster=dask_executor, **options)
+    together = extract(boxes, tmp_path / "there", cluster=thread_executor, **options)
     for name in ("counts", "rejects", "reject_reasons", "clipped", "remarks", "fingerprint"):
         assert together[name] == alone[name], name
     assert (alone["counts"]["computed"], alone["reject_reasons"], alone["clipped"]) == (35, {"box": 1}, 3)
@@ -67,7 +67,7 @@ def test_boxes_on_workers_are_those_of_a_local_run(boxes, dask_executor, tmp_pat
         silent=True,
     )  # fmt: skip
     found = {}
-    for name, cluster in (("here", None), ("there", dask_executor)):
+    for name, cluster in (("here", None), ("there", thread_executor)):
         to = tmp_path / f"{name}.csv"
         record = predict(tmp_path / "bundle", boxes, to, batch_size=1, max_rejects=1, cluster=cluster, silent=True)
         assert (record["clipped"], record["reject_reasons"]) == (3, {"box": 1})
@@ -80,7 +80,7 @@ def test_boxes_on_workers_are_those_of_a_local_run(boxes, dask_executor, tmp_pat
     assert again["listed"] == 36
 
 
-def test_frames_and_boxes_in_an_archive_on_workers(dask_executor, tmp_path, monkeypatch):
+def test_frames_and_boxes_in_an_archive_on_workers(thread_executor, tmp_path, monkeypatch):
     monkeypatch.setattr(compute, "ShardSizes", lambda: ShardSizes(first=2, most=2))
     frames = np.random.default_rng(1).integers(0, 256, (3, 60, 80), dtype=np.uint8)
     made = Dataset()
@@ -105,7 +105,7 @@ def test_frames_and_boxes_in_an_archive_on_workers(dask_executor, tmp_path, monk
         "images": tmp_path / "images.zip", "frames": "all", "dataset": "boxes",
     }  # fmt: skip
     alone = extract(manifest, tmp_path / "here", **options)
-    together = extract(manifest, tmp_path / "there", cluster=dask_executor, **options)
+    together = extract(manifest, tmp_path / "there", cluster=thread_executor, **options)
     for name in ("counts", "remarks", "clipped"):
         assert together[name] == alone[name], name
     assert (alone["counts"]["computed"], together["cluster"]["slices"]) == (5, 2)

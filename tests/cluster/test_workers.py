@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from featurepipe.execution import DaskExecutor, Worker, connect
 from featurepipe.execution import dask as dispatch
 from featurepipe.store import FeatureStore
 from featurepipe.store.gc import gc_store
+from tests.thread_cluster import executor_on_threads
 
 
 @contextmanager
@@ -43,6 +44,26 @@ def other_version(dask_executor: DaskExecutor, address: str, package: str, numbe
         dask_executor.client.run(restore, workers=[address])
 
 
+@pytest.fixture
+def other_versions(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes workers that are threads report other versions of a package."""
+    found: dict[tuple[str, str], str] = {}
+
+    def report(name: str) -> str:
+        import distributed
+
+        try:
+            return found.get((distributed.get_worker().address, name)) or version(name)
+        except ValueError:  # at the client
+            return version(name)
+
+    def set_version(address: str, package: str, number: str) -> None:
+        found[address, package] = number
+
+    monkeypatch.setattr(at_worker, "version", report)
+    return set_version
+
+
 def test_workers_say_who_they_are(dask_executor: DaskExecutor) -> None:
     workers = dask_executor.workers()
     assert sorted(worker.name for worker in workers) == ["0", "1"]
@@ -66,12 +87,12 @@ def test_workers_say_who_they_are(dask_executor: DaskExecutor) -> None:
     ],
 )
 def test_other_versions_are_refused_by_name(
-    dask_executor: DaskExecutor, said: list[str], package: str, number: str, refused: bool
+    thread_executor: DaskExecutor, other_versions: Any, said: list[str], package: str, number: str, refused: bool
 ) -> None:
-    first, second = dask_executor.addresses()
-    name = next(worker.name for worker in dask_executor.workers() if worker.address == first)
-    with other_version(dask_executor, first, package, number):
-        assert sorted(dask_executor.check()) == sorted([second] if refused else [first, second])
+    first, second = thread_executor.addresses()
+    name = next(worker.name for worker in thread_executor.workers() if worker.address == first)
+    other_versions(first, package, number)
+    assert sorted(thread_executor.check()) == sorted([second] if refused else [first, second])
     if refused:
         assert said == [
             f"worker {name} ({first}) is not used: it has {package} {number}, the client has {version(package)}"
@@ -95,43 +116,39 @@ def test_a_late_worker_of_another_version_gets_no_task(dask_executor: DaskExecut
     assert len(said) == 1
 
 
-def test_all_refused_is_an_error_that_names_each(dask_executor: DaskExecutor) -> None:
-    first, second = dask_executor.addresses()
-    with (
-        other_version(dask_executor, first, "torch", "1.0"),
-        other_version(dask_executor, second, "numpy", "1.26"),
-        pytest.raises(
-            ClusterError,
-            match=rf"no worker .* can be used: .*{first}: it has torch 1.*{second}: it has numpy 1",
-        ),
+def test_all_refused_is_an_error_that_names_each(thread_executor: DaskExecutor, other_versions: Any) -> None:
+    first, second = thread_executor.addresses()
+    other_versions(first, "torch", "1.0")
+    other_versions(second, "numpy", "1.26")
+    with pytest.raises(
+        ClusterError, match=rf"no worker .* can be used: .*{first}: it has torch 1.*{second}: it has numpy 1"
     ):
-        dask_executor.check()
+        thread_executor.check()
 
 
-def test_a_store_that_workers_see_leaves_nothing_behind(cluster_address: str, tmp_path: Path) -> None:
-    with connect(cluster_address, say=print) as dask_executor:
-        assert len(dask_executor.check(tmp_path)) == 2
+def test_a_store_that_workers_see_leaves_nothing_behind(tmp_path: Path) -> None:
+    with executor_on_threads(print) as thread_executor:
+        assert len(thread_executor.check(tmp_path)) == 2
         assert len(list(tmp_path.iterdir())) == 1  # for workers that come later
-        assert len(dask_executor.check(tmp_path)) == 2
+        assert len(thread_executor.check(tmp_path)) == 2
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_is_tidied_up_meanwhile_is_still_seen(cluster_address: str, tmp_path: Path) -> None:
+def test_a_store_that_is_tidied_up_meanwhile_is_still_seen(thread_executor: DaskExecutor, tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "store")
     store._make()
-    with connect(cluster_address, say=print) as dask_executor:
-        assert len(dask_executor.check(store.path)) == 2
-        assert gc_store(store).leftovers_removed == 0
-        [shown] = store.path.glob(".cluster-*")
-        shown.unlink()  # by whoever tidies up by hand
-        assert len(dask_executor.check(store.path)) == 2
-        os.utime(shown, (0, 0))  # as a client that was killed leaves it
-        assert gc_store(store).leftovers_removed == 1
+    assert len(thread_executor.check(store.path)) == 2
+    assert gc_store(store).leftovers_removed == 0
+    [shown] = store.path.glob(".cluster-*")
+    shown.unlink()  # by whoever tidies up by hand
+    assert len(thread_executor.check(store.path)) == 2
+    os.utime(shown, (0, 0))  # as a client that was killed leaves it
+    assert gc_store(store).leftovers_removed == 1
 
 
 def test_a_store_that_no_worker_sees_is_an_error_before_any_work(
-    dask_executor: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    thread_executor: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the workers see what the client sees, so the file is moved away as soon as it is there."""
     store = tmp_path / "store"
@@ -143,11 +160,11 @@ def test_a_store_that_no_worker_sees_is_an_error_before_any_work(
 
     monkeypatch.setattr(Path, "write_text", elsewhere)
     with pytest.raises(ClusterError, match=f"does not see the store {store} "):
-        dask_executor.check(store)
+        thread_executor.check(store)
 
 
 def test_another_folder_at_the_stores_path_is_refused(
-    dask_executor: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    thread_executor: DaskExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Path.write_text
 
@@ -156,12 +173,12 @@ def test_another_folder_at_the_stores_path_is_refused(
 
     monkeypatch.setattr(Path, "write_text", other)
     with pytest.raises(ClusterError, match=f"another folder is at {tmp_path} there"):
-        dask_executor.check(tmp_path)
+        thread_executor.check(tmp_path)
 
 
-def test_a_store_that_cannot_be_written_is_an_error(dask_executor: DaskExecutor, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_an_error(thread_executor: DaskExecutor, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"cannot write into the store .*nowhere: No such file"):
-        dask_executor.check(tmp_path / "nowhere")
+        thread_executor.check(tmp_path / "nowhere")
 
 
 def test_a_scheduler_without_workers_is_an_error_after_a_while(tmp_path: Path, said: list[str]) -> None:
@@ -178,47 +195,20 @@ def test_a_scheduler_without_workers_is_an_error_after_a_while(tmp_path: Path, s
             dask_executor.check(tmp_path)
 
 
-def test_workers_whose_memory_is_full_are_told_of_and_not_waited_for(
-    said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Dask pauses such a worker, and what it was given waits: without our look, `Client.map` would wait for ever."""
-    import dask.config
-    from distributed import LocalCluster
-
-    monkeypatch.setattr(dispatch, "PAUSED_SECONDS", 1.0)
-    monkeypatch.setattr(dispatch, "RETURN_SECONDS", 0.1)
-    options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "processes": False, "protocol": "tcp"}
-    with (
-        dask.config.set(
-            {"distributed.worker.memory.pause": 0.001, "distributed.worker.memory.monitor-interval": "50ms"}
-        ),
-        LocalCluster(n_workers=1, threads_per_worker=1, memory_limit="4GiB", **options) as cluster,
-        connect(cluster, say=said.append) as dask_executor,
-    ):
-        workers = cluster.scheduler.workers.values()
-        while next(iter(workers)).status.name != "paused":
-            time.sleep(0.05)
-        with pytest.raises(
-            ClusterError, match=r"1 tasks are not done, the first: cat; no worker has the memory .* of its 4,096 MiB"
-        ):
-            list(dask_executor.map(lambda *_: None, ["cat"]))
-    assert [line for line in said if "takes no task until it has more free" in line] == said
-
-
 def test_a_worker_that_stands_still_is_waited_for_once(
-    dask_executor: DaskExecutor, monkeypatch: pytest.MonkeyPatch
+    thread_executor: DaskExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not once for each of its results, and no result is lost when it goes on."""
     monkeypatch.setattr(dispatch, "RESULT_SECONDS", 0.2)
     monkeypatch.setattr(dispatch, "LOOK_SECONDS", 0.1)
-    silent, waits, probes = dask_executor.addresses()[0], [], []
-    result, each = dask_executor.result, dask_executor.each
+    silent, waits, probes = thread_executor.addresses()[0], [], []
+    result, each = thread_executor.result, thread_executor.each
 
     def stands_still() -> bool:
         return len(probes) < 3 and len(waits) < 20  # which the test fails for, instead of going on for ever
 
     def of_silent(future: Any) -> bool:
-        return silent in dask_executor.scheduler.ask("who_has", keys=[future.key])[future.key]
+        return silent in thread_executor.scheduler.ask("who_has", keys=[future.key])[future.key]
 
     def result_or_none(future: Any, what: str, timeout: float | None = None) -> Any:
         if stands_still() and of_silent(future):
@@ -233,14 +223,14 @@ def test_a_worker_that_stands_still_is_waited_for_once(
                 return {silent: TimeoutError()}
         return each(question, addresses, seconds)
 
-    monkeypatch.setattr(dask_executor, "result", result_or_none)
-    monkeypatch.setattr(dask_executor, "each", each_or_none)
+    monkeypatch.setattr(thread_executor, "result", result_or_none)
+    monkeypatch.setattr(thread_executor, "each", each_or_none)
 
     def work(_context: None, n: int, worker: Worker, *_: Any) -> tuple[int, str]:
         time.sleep(0.02)
         return n * n, worker.name
 
-    found = dict(dask_executor.map(work, range(16), in_flight=8, interruptible=False))
+    found = dict(thread_executor.map(work, range(16), in_flight=8, interruptible=False))
     assert {n: square for n, (square, _) in found.items()} == {n: n * n for n in range(16)}
     assert {name for _, name in found.values()} == {"0", "1"}
     assert len(waits) == 1

@@ -1,5 +1,7 @@
 """The contract of `featurepipe.execution.Executor`: one suite over this process, its processes, and a Dask cluster.
 
+It holds for `DaskExecutor` on threads of this process, too, on which other tests stand.
+
 Where executors rightly differ, `Kind` says how, and the tests expect just that.
 """
 
@@ -14,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from featurepipe.execution.executor import TaskResult, in_order
 from featurepipe.execution.local import THREAD_VARIABLES
 from featurepipe.execution.worker import Carried, gpu_names, pickled
 from tests.conftest import travelling
+from tests.thread_cluster import MEMORY
 
 SECONDS = 60.0
 """After which a shard that waits for something gives up, and its test fails."""
@@ -65,12 +68,18 @@ class Kind:
     others: bool = False
     remembers: bool = False
 
+    @property
+    def is_dask(self) -> bool:
+        """Whether it is a `DaskExecutor`, whatever its workers are."""
+        return self.others
+
 
 LOCAL = Kind("LocalExecutor", workers=1, ahead=0, pickles=0)
 PROCESSES = Kind("ProcessExecutor", workers=2, ahead=3, pickles=1)
 DASK = Kind("DaskExecutor", workers=2, ahead=3, pickles=1, retries=True, others=True, remembers=True)
+THREADS = replace(DASK, name="DaskExecutor on threads")
 ELSEWHERE = pytest.mark.parametrize("kind", [PROCESSES, DASK], ids=lambda kind: kind.name)
-ON_DASK = pytest.mark.parametrize("kind", [DASK], ids=lambda kind: kind.name)
+ON_THREADS = pytest.mark.parametrize("kind", [THREADS], ids=lambda kind: kind.name)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +89,7 @@ def functions_travel(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[LOCAL, PROCESSES, DASK], ids=lambda kind: kind.name)
+@pytest.fixture(params=[LOCAL, PROCESSES, DASK, THREADS], ids=lambda kind: kind.name)
 def kind(request: pytest.FixtureRequest) -> Kind:
     return request.param
 
@@ -91,7 +100,7 @@ def executor(kind: Kind, request: pytest.FixtureRequest) -> Executor:
         return LocalExecutor()
     if kind is PROCESSES:
         return ProcessExecutor(2)
-    dask_executor: DaskExecutor = request.getfixturevalue("dask_executor")
+    dask_executor: DaskExecutor = request.getfixturevalue("dask_executor" if kind is DASK else "thread_executor")
     dask_executor.patience = 2.0  # with those that are left, when workers refuse
     return dask_executor
 
@@ -130,7 +139,8 @@ def test_every_shard_comes_once_with_its_result(executor: Executor, kind: Kind) 
     assert list(executor.map(square, [])) == []
     assert executor.once(square, 7) == 49
     assert executor.expected() == executor.count() == len(executor.workers()) == kind.workers
-    assert {worker.memory_limit for worker in executor.workers()} == {3 << 30 if kind is DASK else 0}
+    memory = {DASK: 3 << 30, THREADS: MEMORY}.get(kind, 0)
+    assert {worker.memory_limit for worker in executor.workers()} == {memory}
 
 
 def test_results_and_reports_come_in_order(executor: Executor, kind: Kind, tmp_path: Path) -> None:
@@ -328,7 +338,7 @@ def test_each_process_is_asked(executor: Executor, kind: Kind) -> None:
     assert all(isinstance(pid, int) for pid in executor.each(os.getpid).values())
     [*answers] = executor.each(partial(int, "no number")).values()
     assert {type(answer) for answer in answers} == {ValueError}
-    assert len(answers) == (2 if kind is DASK else 1)
+    assert len(answers) == (2 if kind.is_dask else 1)
 
 
 # The context
@@ -475,7 +485,7 @@ def test_a_context_of_a_class_that_another_version_lacks_is_refused(
         list(executor.map(square, [1], context=thing()))
 
 
-@ON_DASK
+@ON_THREADS
 @pytest.mark.parametrize("fate", ["removed", "replaced"])
 def test_a_file_that_is_not_the_contexts_is_refused(executor: Executor, tmp_path: Path, fate: str) -> None:
     executor.check(tmp_path)
@@ -491,7 +501,7 @@ def test_a_file_that_is_not_the_contexts_is_refused(executor: Executor, tmp_path
     assert list(tmp_path.glob(".context-*")) == []
 
 
-@ON_DASK
+@ON_THREADS
 def test_a_context_that_finds_no_room_leaves_nothing(
     executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,7 +628,7 @@ def test_a_worker_that_refuses_is_named_once_and_its_shards_are_done_elsewhere(
         list(executor.map(work, range(3), context="all"))
 
 
-@ON_DASK
+@ON_THREADS
 def test_a_worker_that_refuses_while_the_run_stops_does_not_keep_it(executor: Executor, tmp_path: Path) -> None:
     def work(folder, _n, _worker, stop, _report):
         mark(folder, "begun")
@@ -671,7 +681,7 @@ def test_a_killed_workers_shards_are_done_elsewhere(
     assert line.endswith("is gone; what it was doing is done elsewhere")
 
 
-@ON_DASK
+@ON_THREADS
 @pytest.mark.parametrize("interruptible", [True, False])
 def test_a_straggler_is_begun_again_only_if_it_can_be_called_back(
     executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptible: bool

@@ -36,7 +36,7 @@ def told(record):
 
 @pytest.mark.parametrize("cluster", [False, True])
 def test_what_is_damaged_is_rejected_or_kept_and_listed(pile, run, cluster, request):
-    there = {"cluster": request.getfixturevalue("dask_executor")} if cluster else {}
+    there = {"cluster": request.getfixturevalue("thread_executor")} if cluster else {}
     record = run(pile, max_rejects=2, **there)
     assert told(record) == (8, 0, 2, 10, ())
     assert named(record["rejects"]) == DAMAGED

@@ -184,8 +184,8 @@ def _steps(run: Any) -> int:
     return -(-len(run.train) // run.options.batch_size)
 
 
-def test_workers_elsewhere_make_the_same_runs(store, both, tmp_path, dask_executor: DaskExecutor) -> None:
-    found = finetune(store, from_node=CUTS, seeds=2, out=tmp_path / "b", cluster=dask_executor, **FAST)
+def test_workers_elsewhere_make_the_same_runs(store, both, tmp_path, thread_executor: DaskExecutor) -> None:
+    found = finetune(store, from_node=CUTS, seeds=2, out=tmp_path / "b", cluster=thread_executor, **FAST)
     assert np.allclose(np.concatenate(scores(found)), np.concatenate(scores(both)), rtol=1e-3)
     assert found["tuning"]["from"] == both["tuning"]["from"]
     assert not (tmp_path / "b.tuning").exists()
