@@ -55,6 +55,7 @@ class Browser:
 
     _http: aiohttp.ClientSession | None = None
     _tab: str | None = None
+    _target: str | None = None
 
     async def _connect(self, port_file: Path) -> None:
         end = time.monotonic() + SECONDS
@@ -107,8 +108,10 @@ class Browser:
 
     def _new_tab(self) -> None:
         self._tab = None  # what follows is for the browser
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self._tab = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        if self._target:  # pages left open would go on painting beside the next
+            self.send("Target.closeTarget", targetId=self._target)
+        self._target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._tab = self.send("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         self.events.clear()
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
