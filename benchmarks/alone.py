@@ -35,11 +35,11 @@ def alone(module: str, function: str, *arguments: str | int | Path) -> dict[str,
 
 def _measured(module: str, function: str, arguments: list[str]) -> dict[str, Any]:
     work = getattr(import_module(module), function)(*arguments)
-    idle = _memory("VmRSS")
+    idle = resident("VmRSS")
     start = time.perf_counter()
     answer = work()
     seconds = time.perf_counter() - start
-    peak = _memory("VmHWM")
+    peak = resident("VmHWM")
     return {
         "seconds": round(seconds, 3),
         "idle_mb": round(idle / MB),
@@ -49,8 +49,8 @@ def _measured(module: str, function: str, arguments: list[str]) -> dict[str, Any
     }
 
 
-def _memory(name: str) -> int:
-    """Bytes of resident memory, now (VmRSS) or at most (VmHWM).
+def resident(name: str) -> int:
+    """Bytes of this process's resident memory: now (VmRSS), at most so far (VmHWM), or what of it belongs to no file (RssAnon).
 
     Linux counts what a process was before ``exec`` into ``getrusage``'s maximum, so a parent's memory would show there.
     """

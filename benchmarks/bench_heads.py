@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
+from benchmarks.alone import resident
 
 CS = [1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0]
 _APART = 0.2  # deviation of the made-up classes' centres: it decides how far 1,000 classes overlap
@@ -312,7 +313,7 @@ def fit_file(path: Path, rows: int, width: int, memory: str | None, values: list
     counts = count_passes(passes.Passes)
     blocks: Any = FileBlocks(path, rows, width)
     fit_path(BlockLogisticRegression(), np.eye(4), [0, 1, 0, 1], Cs=[1.0])  # imports what is imported late
-    idle = resident_mb("VmRSS")
+    idle = resident("VmRSS") / 1e6
     labels = np.load(path.with_name("labels.npy"))
     if memory is None:
         blocks = blocks.read(np.float32)
@@ -327,7 +328,7 @@ def fit_file(path: Path, rows: int, width: int, memory: str | None, values: list
         "iterations": [int(head.n_iter_[0]) for head in heads],
         "coefficients": float(np.abs(heads[-1].coef_).sum()),
         "idle_mb": round(idle, 1),
-        "peak_mb": round(resident_mb("VmHWM") - idle, 1),
+        "peak_mb": round(resident("VmHWM") / 1e6 - idle, 1),
     }
 
 
@@ -385,14 +386,14 @@ def fit_many_classes(path: Path, rows: int, new: int, width: int, memory: str, C
     counts = count_passes(passes.Passes, told=True)
     blocks: Any = FileBlocks(path, rows, width)
     BlockLogisticRegression().fit(np.eye(4), [0, 1, 0, 1])  # imports what is imported late
-    idle = resident_mb("VmRSS")
+    idle = resident("VmRSS") / 1e6
     labels = np.load(path.with_name("labels.npy"))
     labels, unseen = labels[:rows], labels[rows:]
     counts.clear()
     start, cpu = time.perf_counter(), time.process_time()
     head = BlockLogisticRegression(C=C, memory=memory).fit(blocks, labels)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    peak = resident_mb("VmHWM") - idle
+    peak = resident("VmHWM") / 1e6 - idle
     record.note(f"fitted in {seconds:.0f} s, {len(counts)} passes; bounding the gap in float64")
     value, gradient, right = 0.0, head.coef_.astype(np.float64), 0
     for first in range(0, rows, 4096):
@@ -420,12 +421,6 @@ def fit_many_classes(path: Path, rows: int, new: int, width: int, memory: str, C
         "accuracy_on_new_rows": round(float(np.mean(answers == unseen)), 4),
         "peak_mb": round(peak, 1),
     }
-
-
-def resident_mb(field: str) -> float:
-    """Memory of this process in MB (10 ** 6 bytes): ``VmRSS`` now, ``VmHWM`` at most so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def add(parser: argparse.ArgumentParser) -> None:

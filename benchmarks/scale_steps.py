@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 import featurepipe as fp
+from benchmarks.alone import resident
 from benchmarks.piles import DATASET, FOLDER_FILES, NETWORK, Pile, listing_of, random_keys
 from featurepipe.execution.executor import TaskResult
 from featurepipe.execution.local import LocalExecutor
@@ -97,10 +98,10 @@ def extraction(store: str, count: str, later: str, partition: str) -> Work:
     source, executor = MadeUp(int(count), later=later == "later"), Answering()
 
     def work() -> dict[str, Any]:
-        with Anonymous() as memory, spilling(Path(store), int(partition) or 1 << 60):
+        with Anonymous() as held, spilling(Path(store), int(partition) or 1 << 60):
             run = fp.extract(source, store, dataset=DATASET, cluster=executor, max_gone="50%", silent=True, **NETWORK)
         changes = {name: count for name, count in run["changes"].items() if count}
-        return {"counts": run["counts"], "changes": changes, **memory.figures()}
+        return {"counts": run["counts"], "changes": changes, **held.figures()}
 
     return work
 
@@ -109,7 +110,7 @@ class Anonymous:
     """Watches the memory of this process that belongs to no file: what the system cannot take back without swapping."""
 
     def __enter__(self) -> Self:
-        self.before = self.peak = anonymous()
+        self.before = self.peak = resident("RssAnon")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -121,17 +122,11 @@ class Anonymous:
 
     def _watch(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN):
-            self.peak = max(self.peak, anonymous())
+            self.peak = max(self.peak, resident("RssAnon"))
 
     def figures(self) -> dict[str, float]:
         """Megabytes before, and at most."""
         return {"anonymous_before_mb": round(self.before / MB), "anonymous_peak_mb": round(self.peak / MB)}
-
-
-def anonymous() -> int:
-    """Bytes of resident memory that belong to no file."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
 def build(folder: str, count: str) -> Work:

@@ -23,7 +23,7 @@ from featurepipe.images import Source
 from featurepipe.images.regions import CLIPPED
 from featurepipe.interrupt import StopRequest
 from featurepipe.option_groups import as_asked
-from featurepipe.partitions import Rows, filtered, is_large, part_of, partitions, stored
+from featurepipe.partitions import Rows, filtered, part_of, partitions, stored
 from featurepipe.store import FeatureStore
 from featurepipe.store.documents import PUBLISHING
 from featurepipe.store.keys import KEY_BYTES
@@ -253,8 +253,6 @@ def snapshot_table(listing: pa.Table, ledger: ExtractionLedger) -> pa.Table:
     further = [name for name in listing.column_names if name.startswith(KEPT_COLUMN)]
     listed = listing.select([*_LISTED, *further]).replace_schema_metadata(None)
     rejected = np.array(sorted(ledger.reasons), np.int64)
-    if not is_large(listing.num_rows):
-        return _of_part(listed, ledger, slice(0, listing.num_rows), rejected)
     pieces = (_of_part(part_of(listed, part), ledger, part, rejected) for part in partitions(listing.num_rows))
     schema = _of_part(listed.slice(0, 0), ledger, slice(0, 0), rejected).schema
     return stored((batch for piece in pieces for batch in piece.to_batches()), schema)

@@ -269,7 +269,7 @@ class KeyIndex:
     def _group(self, numbers: Sequence[int], on_damage: OnDamage | None) -> _Group:
         # One array made for all of them at once: gathered and joined, keys would be in memory twice.
         rows = sum(self.parts[number].rows for number in numbers)
-        keys = zeros((rows, KEY_BYTES), np.uint8) if is_large(rows) else np.empty((rows, KEY_BYTES), np.uint8)
+        keys = zeros((rows, KEY_BYTES), np.uint8)
         starts, stop = [], 0
         for part in (self.parts[number] for number in numbers):
             starts.append(stop)

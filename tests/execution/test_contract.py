@@ -68,11 +68,6 @@ class Kind:
     others: bool = False
     remembers: bool = False
 
-    @property
-    def is_dask(self) -> bool:
-        """Whether it is a `DaskExecutor`, whatever its workers are."""
-        return self.others
-
 
 LOCAL = Kind("LocalExecutor", workers=1, ahead=0, pickles=0)
 PROCESSES = Kind("ProcessExecutor", workers=2, ahead=3, pickles=1)
@@ -338,7 +333,7 @@ def test_each_process_is_asked(executor: Executor, kind: Kind) -> None:
     assert all(isinstance(pid, int) for pid in executor.each(os.getpid).values())
     [*answers] = executor.each(partial(int, "no number")).values()
     assert {type(answer) for answer in answers} == {ValueError}
-    assert len(answers) == (2 if kind.is_dask else 1)
+    assert len(answers) == (2 if kind.others else 1)
 
 
 # The context
